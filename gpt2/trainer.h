@@ -1,0 +1,80 @@
+// What a trainer (train_gpt2.cpp on the CPU, train_gpt2.cu on the GPU) offers to the training loop, to evaluation and to generation, all of which stand
+// once, in gpt2/. Calls are a few per step, so a virtual table costs nothing.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "config.h"
+#include "tensors.h"
+
+// Sequences packed one behind another: sequence s is rows cu_seqlens[s] .. cu_seqlens[s+1]-1. A dense batch of B rows is offsets 0, T, 2T, ...
+struct Batch {
+    std::vector<int> tokens;         // ids below vocab_size
+    std::vector<int> targets;        // the next tokens; -1: not scored
+    std::vector<int> cu_seqlens;     // num_seqs + 1 offsets, not decreasing, from 0 to tokens.size(); lengths at most max_seq
+    int64_t first_row = 0;           // global number of the first sequence, for dropout's counters
+    int num_seqs() const { return (int)cu_seqlens.size() - 1; }
+};
+
+// How one forward pass is meant.
+struct Pass {
+    bool training = false;     // keep what backward needs, apply dropout; backward() may follow
+    double grad_scale = 1;     // times the gradient of the mean loss: 1/accumulation steps
+    float dropout = 0;
+    uint64_t seed = 0;         // dropout's key
+    uint32_t step = 0;         // counts forward passes in training, for dropout's counters
+    bool carry_memory = false; // recurrent layers start from the memory that the pass before left (sequence s goes on in row s) and leave theirs
+};
+
+struct AdamW {
+    double lr, beta1, beta2, eps, weight_decay;
+    double grad_clip;  // of the global norm; 0 = off
+    int64_t step;      // from 1: bias correction
+};
+
+enum class Section { PARAMETERS, GRADIENTS, MOMENT1, MOMENT2 };  // all have the shapes of the parameter list
+
+struct TrainerOptions {
+    int64_t max_tokens = 0;    // tokens of the largest batch
+    int max_seqs = 0;          // and its sequences
+    bool training = true;      // room for gradients, moments and saved activations
+    bool carry_memory = false; // room for the memories of max_seqs rows
+};
+
+struct Trainer {
+    ModelConfig config;
+
+    virtual ~Trainer() = default;
+    virtual void initialise(uint64_t seed) = 0;  // every parameter to its initial value
+
+    // Mean loss over the targets (nats), NaN if there are none. `losses` (a number a token, 0 where not scored) and `logits` (tokens x vocab_size,
+    // unpadded) are filled if not null.
+    virtual double forward(const Batch& batch, const Pass& pass, float* losses = nullptr, float* logits = nullptr) = 0;
+    virtual void backward() = 0;                // after a training forward: adds grad_scale * gradient to the gradients
+    virtual double update(const AdamW& h) = 0;  // returns the norm before clipping, and sets the gradients to zero; changes nothing unless it is finite
+
+    // Appends new tokens to sequences that are being decoded: `batch.cu_seqlens` packs q_len >= 0 tokens for each of `sequences`; writes the
+    // logits of each sequence's last new token, (num_seqs, vocab_size).
+    virtual void extend(const Batch& batch, const std::vector<int>& sequences, float* last_logits) = 0;
+    virtual int new_sequence() = 0;       // an empty one; its number is valid until free_sequence
+    virtual int fork_sequence(int s) = 0; // another with the same past
+    virtual void free_sequence(int s) = 0;
+    virtual size_t state_bytes() = 0;     // what all living sequences hold
+
+    // The parameter list, and copies of its tensors in float32 (i: index in the list).
+    virtual const Tensors& parameters() = 0;
+    virtual void get(Section section, int i, float* to) = 0;
+    virtual void set(Section section, int i, const float* from) = 0;
+    // The carried memory of all rows as one block of float32, for checkpoints; zero numbers without carry_memory.
+    virtual std::vector<float> get_memory() = 0;
+    virtual void set_memory(const std::vector<float>& memory) = 0;
+    virtual void clear_memory(int row) = 0;  // a new document starts in this row
+
+    virtual void activation_bytes(size_t* parameters, size_t* gradients_and_moments, size_t* activations) = 0;
+};
+
+// Defined by each trainer. Throws Error if the model cannot be had.
+std::unique_ptr<Trainer> make_trainer(const ModelConfig& config, const TrainerOptions& options);
