@@ -16,6 +16,9 @@ struct Batch {
     std::vector<int> targets;        // the next tokens; -1: not scored
     std::vector<int> cu_seqlens;     // num_seqs + 1 offsets, not decreasing, from 0 to tokens.size(); lengths at most max_seq
     int64_t first_row = 0;           // global number of the first sequence, for dropout's counters
+    // With carried memory: sequence s starts from the memory that stands in lane memory_from[s] (-1: empty), and leaves its own in lane
+    // memory_to[s] (-1: nowhere). Empty vectors: no carried memory. Only recurrent layers have one; the others start afresh.
+    std::vector<int> memory_from, memory_to;
     int num_seqs() const { return (int)cu_seqlens.size() - 1; }
 };
 
@@ -26,7 +29,6 @@ struct Pass {
     float dropout = 0;
     uint64_t seed = 0;         // dropout's key
     uint32_t step = 0;         // counts forward passes in training, for dropout's counters
-    bool carry_memory = false; // recurrent layers start from the memory that the pass before left (sequence s goes on in row s) and leave theirs
 };
 
 struct AdamW {
@@ -39,9 +41,8 @@ enum class Section { PARAMETERS, GRADIENTS, MOMENT1, MOMENT2 };  // all have the
 
 struct TrainerOptions {
     int64_t max_tokens = 0;    // tokens of the largest batch
-    int max_seqs = 0;          // and its sequences
     bool training = true;      // room for gradients, moments and saved activations
-    bool carry_memory = false; // room for the memories of max_seqs rows
+    int lanes = 0;             // carried memories
 };
 
 struct Trainer {
@@ -68,12 +69,13 @@ struct Trainer {
     virtual const Tensors& parameters() = 0;
     virtual void get(Section section, int i, float* to) = 0;
     virtual void set(Section section, int i, const float* from) = 0;
-    // The carried memory of all rows as one block of float32, for checkpoints; zero numbers without carry_memory.
+    // The carried memories of all lanes as one block of float32, for checkpoints; nothing without lanes.
     virtual std::vector<float> get_memory() = 0;
     virtual void set_memory(const std::vector<float>& memory) = 0;
-    virtual void clear_memory(int row) = 0;  // a new document starts in this row
 
-    virtual void activation_bytes(size_t* parameters, size_t* gradients_and_moments, size_t* activations) = 0;
+    virtual size_t parameter_bytes() = 0;
+    virtual size_t gradient_bytes() = 0;  // with the optimiser's moments
+    virtual size_t activation_bytes() = 0;
 };
 
 // Defined by each trainer. Throws Error if the model cannot be had.
