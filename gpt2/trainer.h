@@ -26,7 +26,7 @@ struct Batch {
 struct Pass {
     bool training = false;     // keep what backward needs, apply dropout; backward() may follow
     double grad_scale = 1;     // times the gradient of the mean loss: 1/accumulation steps
-    float dropout = 0;
+    double dropout = 0;
     uint64_t seed = 0;         // dropout's key
     uint32_t step = 0;         // counts forward passes in training, for dropout's counters
 };

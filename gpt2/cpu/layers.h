@@ -1,0 +1,145 @@
+// Small layers that attention layers and the transformer block share: linear, RMSNorm, rotary positions, dropout of a residual branch.
+// Rows are tokens: (N, C) means N tokens of C channels, N over all sequences of the batch.
+#pragma once
+
+#include <cmath>
+#include <cstring>
+#include <map>
+
+#include "../philox.h"
+#include "matmul.h"
+
+namespace cpu {
+
+// Where a row of the batch stands: in which sequence, and at which position of it.
+struct TokenPlace {
+    int seq, pos;
+};
+
+// ---- linear: out = x·Wᵀ + b, W (OC, C) --------------------------------------------------------------------------------------------------------------
+// out (N,OC), x (N,C), b (OC) or null.
+inline void linear_forward(real* out, const real* x, const real* w, const real* b, int64_t N, int64_t C, int64_t OC) {
+    if (b) {
+#pragma omp parallel for
+        for (int64_t n = 0; n < N; n++) memcpy(out + n * OC, b, OC * sizeof(real));
+    }
+    matmul(NO, YES, N, OC, C, 1, x, C, w, C, b ? 1 : 0, out, OC);
+}
+
+// db (OC) += column sums of dout (N,OC). Threads split the columns, so that each sum has one order.
+inline void bias_backward(real* db, const real* dout, int64_t N, int64_t OC) {
+    constexpr int64_t block = 64;
+#pragma omp parallel for
+    for (int64_t c0 = 0; c0 < OC; c0 += block) {
+        int64_t n_columns = std::min(block, OC - c0);
+        real sum[block] = {};
+        for (int64_t n = 0; n < N; n++)
+            for (int64_t c = 0; c < n_columns; c++) sum[c] += dout[n * OC + c0 + c];
+        for (int64_t c = 0; c < n_columns; c++) db[c0 + c] += sum[c];
+    }
+}
+
+// dx = (or +=) dout·W;  dW += doutᵀ·x;  db += Σ_n dout. dx and db may be null.
+inline void linear_backward(real* dx, bool accumulate_dx, real* dw, real* db, const real* dout, const real* x, const real* w, int64_t N, int64_t C, int64_t OC) {
+    if (dx) matmul(NO, NO, N, C, OC, 1, dout, OC, w, C, accumulate_dx ? 1 : 0, dx, C);
+    matmul(YES, NO, OC, C, N, 1, dout, OC, x, C, 1, dw, C);
+    if (db) bias_backward(db, dout, N, OC);
+}
+
+// ---- RMSNorm: y = u·r ⊙ gain, r = 1/√(mean(u²) + ε), ε = 1e-6 ----------------------------------------------------------------------------------------
+// y (N,C) with rows y_stride apart, u (N,C) with rows u_stride apart, rstd (N).
+inline void rmsnorm_forward(real* y, int64_t y_stride, real* rstd, const real* u, int64_t u_stride, const real* gain, int64_t N, int64_t C) {
+#pragma omp parallel for
+    for (int64_t n = 0; n < N; n++) {
+        const real* row = u + n * u_stride;
+        real r = 1 / std::sqrt(dot((int)C, row, row) / C + (real)1e-6);
+        for (int64_t c = 0; c < C; c++) y[n * y_stride + c] = row[c] * r * gain[c];
+        if (rstd) rstd[n] = r;
+    }
+}
+
+// t = dy⊙gain:  du = r·t − u·(r³/C)·Σ(t⊙u);  dgain += Σ_n dy⊙u·r. du may stand where dy stood.
+inline void rmsnorm_backward(real* du, int64_t du_stride, real* dgain, const real* dy, int64_t dy_stride, const real* u, int64_t u_stride, const real* rstd,
+                             const real* gain, int64_t N, int64_t C) {
+#pragma omp parallel for  // first dgain, since du may overwrite dy
+    for (int64_t c0 = 0; c0 < C; c0 += 64)
+        for (int64_t n = 0; n < N; n++)
+            for (int64_t c = c0; c < std::min(c0 + 64, C); c++) dgain[c] += dy[n * dy_stride + c] * u[n * u_stride + c] * rstd[n];
+#pragma omp parallel for
+    for (int64_t n = 0; n < N; n++) {
+        const real *g = dy + n * dy_stride, *row = u + n * u_stride;
+        real r = rstd[n], tu = 0;
+        for (int64_t c = 0; c < C; c++) tu += g[c] * gain[c] * row[c];
+        real s = r * r * r / C * tu;
+        for (int64_t c = 0; c < C; c++) du[n * du_stride + c] = r * g[c] * gain[c] - row[c] * s;
+    }
+}
+
+// ---- Rotary positions (Su et al., arXiv 2104.09864), adjacent pairs ------------------------------------------------------------------------------------
+// θ_i = 10000^(−2i/d); (x_2i, x_2i+1) → (x_2i cos − x_2i+1 sin, x_2i sin + x_2i+1 cos) at angle position·θ_i.
+
+// cos and sin of every position below `positions`, (positions, d/2, 2): computed once in double and kept. Not to be called by several threads at once.
+inline const real* rope_table(int d, int positions) {
+    static std::map<int, std::vector<real>> tables;
+    std::vector<real>& t = tables[d];
+    for (int p = (int)(t.size() / d); p < positions; p++) {
+        if (p == 0) t.reserve((size_t)positions * d);
+        for (int i = 0; i < d / 2; i++) {
+            double angle = p * std::pow(10000.0, -2.0 * i / d);
+            t.push_back((real)std::cos(angle));
+            t.push_back((real)std::sin(angle));
+        }
+    }
+    return t.data();
+}
+
+// Rotates `heads` neighbouring vectors of d (even) numbers in each of N rows, from x into y (which may be x). direction −1 is the backward pass.
+inline void rope(real* y, int64_t y_stride, const real* x, int64_t x_stride, int64_t N, int heads, int d, const int* position, int direction) {
+    int last = 0;
+    for (int64_t n = 0; n < N; n++) last = std::max(last, position[n]);
+    const real* table = rope_table(d, last + 1);
+#pragma omp parallel for
+    for (int64_t n = 0; n < N; n++) {
+        const real* cs = table + (int64_t)position[n] * d;
+        for (int h = 0; h < heads; h++)
+            for (int i = 0; i < d; i += 2) {
+                real c = cs[i], s = direction * cs[i + 1];
+                real a = x[n * x_stride + h * d + i], b = x[n * x_stride + h * d + i + 1];
+                y[n * y_stride + h * d + i] = a * c - b * s;
+                y[n * y_stride + h * d + i + 1] = a * s + b * c;
+            }
+    }
+}
+
+// ---- Dropout of embeddings and of residual branches ------------------------------------------------------------------------------------------------------
+// Philox with counter (channel>>2, position, 2³²−1−(3b+site), step·L+l): these counters count down from the top of the third word, attention's
+// (b·NH+h) up from zero, so that the two never meet. Kept iff word ≥ p·2³², and then scaled by 1/(1−p).
+
+struct DropoutKey {
+    double p = 0;  // 0: no dropout
+    uint64_t seed = 0;
+    uint32_t counter = 0;  // step·L + l
+    int64_t first_row = 0;
+};
+enum DropoutSite { DROP_EMBEDDING, DROP_ATTENTION, DROP_MLP };
+
+inline uint32_t dropout_threshold(double p) { return (uint32_t)(p * 4294967296.0); }
+
+// out = base + Z⊙x over (N,C); base may be null or out itself. The backward pass is the same function: dx = Z⊙dout.
+inline void dropout_add(real* out, const real* base, const real* x, const DropoutKey& key, DropoutSite site, const TokenPlace* place, int64_t N, int64_t C) {
+    uint32_t threshold = dropout_threshold(key.p);
+    real scale = (real)(1 / (1 - key.p));
+#pragma omp parallel for
+    for (int64_t n = 0; n < N; n++) {
+        uint32_t who = UINT32_MAX - (uint32_t)(3 * (key.first_row + place[n].seq) + site);
+        for (int64_t c0 = 0; c0 < C; c0 += 4) {
+            Philox r = philox(key.seed, (uint32_t)(c0 >> 2), place[n].pos, who, key.counter);
+            for (int64_t c = c0; c < std::min(c0 + 4, C); c++) {
+                real z = r.word[c & 3] >= threshold ? scale * x[n * C + c] : 0;
+                out[n * C + c] = base ? base[n * C + c] + z : z;
+            }
+        }
+    }
+}
+
+}  // namespace cpu
