@@ -59,7 +59,7 @@ struct AttentionDescription {
     bool recurrent;                                                 // has a memory of constant size that --carry-memory can hand on
 };
 
-const std::vector<AttentionDescription>& attention_descriptions();  // all layers, defined at the end of attention.h
+inline const std::vector<AttentionDescription>& attention_descriptions();  // all layers, defined at the end of attention.h
 
 inline const AttentionDescription& attention_description(const std::string& name) {
     std::string known;
@@ -136,7 +136,10 @@ inline void parse_attention(ModelConfig& c, const std::string& pattern, const st
     std::vector<AttentionConfig> list;
     auto split = [](const std::string& s, char separator) {
         std::vector<std::string> parts(1);
-        for (char ch : s) ch == separator ? parts.emplace_back() : (void)(parts.back() += ch);
+        for (char ch : s) {
+            if (ch == separator) parts.emplace_back();
+            else parts.back() += ch;
+        }
         return parts;
     };
     std::map<std::string, bool> used;
