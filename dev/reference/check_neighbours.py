@@ -72,7 +72,8 @@ def gpt2(cfg, run, params, batch, first):
     """transformers' GPT-2, one sequence after the other: loss, logits, all gradients."""
     model = GPT2LMHeadModel(GPT2Config(
         vocab_size=cfg.padded_vocab_size, n_positions=cfg.max_seq, n_embd=cfg.channels, n_layer=cfg.layers,
-        n_head=cfg.heads, activation_function="gelu_new", resid_pdrop=0, embd_pdrop=0, attn_pdrop=0)).double().eval()
+        n_head=cfg.heads, activation_function="gelu_new", resid_pdrop=0, embd_pdrop=0, attn_pdrop=0,
+        bos_token_id=None, eos_token_id=None)).double().eval()
     names = {"wte": ("transformer.wte.weight", False), "wpe": ("transformer.wpe.weight", False),
              "lnf.w": ("transformer.ln_f.weight", False), "lnf.b": ("transformer.ln_f.bias", False)}
     for l in range(cfg.layers):
@@ -266,7 +267,7 @@ def check_philox():
         assert " ".join(f"{w:08x}" for w in philox_in_integers(counter, key)) == answer
 
 
-def torch_adamw(cfg, run, params, batch, steps=10):
+def torch_adamw(params, cfg, run, batch, steps=10):
     """Ten steps by torch.optim.AdamW; clipping without torch's epsilon, as the model defines it."""
     params = {n: t.clone().requires_grad_() for n, t in params.items()}
     groups = [{"params": [p], "lr": rates(n, p, cfg, run)[0], "weight_decay": rates(n, p, cfg, run)[1]}
