@@ -29,6 +29,12 @@ T load(const void* p) {
     return value;
 }
 
+// How a parser leaves that returns its errors: `return refuse(error, "...")`.
+inline bool refuse(std::string& error, const std::string& why) {
+    error = why;
+    return false;
+}
+
 // A name from a file, fit for an error message of one line: nothing that moves a terminal's cursor, no kilometres.
 inline std::string printable(const std::string& name) {
     std::string s;

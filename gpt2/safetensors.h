@@ -65,8 +65,11 @@ class SafeTensorsReader : public nlohmann::json_sax<nlohmann::json> {
     SafeTensorsReader(SafeTensorsHeader& out, std::string& error) : out(out), error(error) {}
 
     bool start_object(size_t) override {
-        if (level == 0 || (level == 1 && !have_key.empty())) return level++, field.clear(), seen.clear(), true;
-        return unexpected("an object");
+        if (level > 1) return unexpected("an object");
+        level++;
+        field.clear();
+        seen.clear();
+        return true;
     }
     bool end_object() override {
         level--;
@@ -81,7 +84,6 @@ class SafeTensorsReader : public nlohmann::json_sax<nlohmann::json> {
     }
     bool key(string_t& k) override {
         if (level == 1) {
-            have_key = "yes";
             tensor = SafeTensor();
             tensor.name = k;
             offsets.clear();
@@ -92,7 +94,10 @@ class SafeTensorsReader : public nlohmann::json_sax<nlohmann::json> {
         return in_metadata() || k == "dtype" || k == "shape" || k == "data_offsets" || fail("has the unknown key '" + printable(k) + "'");
     }
     bool string(string_t& s) override {
-        if (level == 2 && in_metadata()) return out.metadata[field] = s, true;
+        if (level == 2 && in_metadata()) {
+            out.metadata[field] = s;
+            return true;
+        }
         if (level != 2 || field != "dtype") return unexpected("a string");
         if (!dtype_width(s)) return fail("has the unknown dtype '" + printable(s) + "'");
         tensor.dtype = s;
@@ -100,9 +105,13 @@ class SafeTensorsReader : public nlohmann::json_sax<nlohmann::json> {
     }
     bool start_array(size_t) override {
         if (level != 2 || in_metadata() || field == "dtype") return unexpected("an array");
-        return level++, true;
+        level++;
+        return true;
     }
-    bool end_array() override { return level--, true; }
+    bool end_array() override {
+        level--;
+        return true;
+    }
     bool number_unsigned(number_unsigned_t n) override {
         if (level != 3) return unexpected("a number");
         if (n > (uint64_t)INT64_MAX) return fail("has a " + field + " beyond 63 bits");
@@ -125,16 +134,13 @@ class SafeTensorsReader : public nlohmann::json_sax<nlohmann::json> {
     SafeTensorsHeader& out;
     std::string& error;
     int level = 0;  // 1: names, 2: within a tensor or the metadata, 3: within an array
-    std::string have_key, field;
+    std::string field;
     SafeTensor tensor;
     std::vector<uint64_t> offsets;
     std::set<std::string> names, seen;
 
     bool in_metadata() const { return tensor.name == "__metadata__"; }
-    bool fail(const std::string& what) {
-        error = "tensor '" + printable(tensor.name) + "' " + what;
-        return false;
-    }
+    bool fail(const std::string& what) { return refuse(error, "tensor '" + printable(tensor.name) + "' " + what); }
     bool unexpected(const char* what) { return fail(std::string("has ") + what + " where none belongs"); }
 };
 
@@ -145,16 +151,16 @@ inline bool check_tiling(SafeTensorsHeader& header, uint64_t data_bytes, std::st
     for (const SafeTensor& t : header.tensors) {
         uint64_t bytes, end;
         std::string name = "tensor '" + printable(t.name) + "' ";
-        if (!tensor_bytes(t.dtype, t.shape, bytes)) return error = name + "is too large: " + t.dtype + " " + shape_string(t.shape), false;
+        if (!tensor_bytes(t.dtype, t.shape, bytes)) return refuse(error, name + "is too large: " + t.dtype + " " + shape_string(t.shape));
         if (!checked_add(t.begin, bytes, end) || t.end != end)
-            return error = name + "takes " + std::to_string(bytes) + " bytes, its offsets say " + std::to_string(t.begin) + " to " + std::to_string(t.end), false;
+            return refuse(error, name + "takes " + std::to_string(bytes) + " bytes, its offsets say " + std::to_string(t.begin) + " to " + std::to_string(t.end));
         if (t.begin != position)
-            return error = name + (t.begin > position ? "leaves a hole before it" : "overlaps the one before it") + ", at byte " + std::to_string(position) + " of the data", false;
+            return refuse(error, name + (t.begin > position ? "leaves a hole before it" : "overlaps the one before it") + ", at byte " + std::to_string(position) + " of the data");
         if (end > data_bytes)
-            return error = name + "ends at byte " + std::to_string(end) + " of the data, the file has " + std::to_string(data_bytes) + ": it is cut short", false;
+            return refuse(error, name + "ends at byte " + std::to_string(end) + " of the data, the file has " + std::to_string(data_bytes) + ": it is cut short");
         position = end;
     }
-    if (position != data_bytes) return error = std::to_string(data_bytes - position) + " bytes follow the last tensor", false;
+    if (position != data_bytes) return refuse(error, std::to_string(data_bytes - position) + " bytes follow the last tensor");
     return true;
 }
 
@@ -162,14 +168,14 @@ inline bool check_tiling(SafeTensorsHeader& header, uint64_t data_bytes, std::st
 inline bool parse_safetensors(const uint8_t* bytes, size_t size, SafeTensorsHeader& out, std::string& error) {
     out = SafeTensorsHeader();
     error.clear();
-    if (size < 8) return error = "it has " + std::to_string(size) + " bytes, too few for a safetensors file", false;
+    if (size < 8) return refuse(error, "it has " + std::to_string(size) + " bytes, too few for a safetensors file");
     uint64_t length = load<uint64_t>(bytes);
-    if (length > safetensors_header_limit) return error = "its header claims " + std::to_string(length) + " bytes: this is no safetensors file", false;
-    if (length > size - 8) return error = "its header claims " + std::to_string(length) + " bytes, " + std::to_string(size - 8) + " are left: it is cut short", false;
+    if (length > safetensors_header_limit) return refuse(error, "its header claims " + std::to_string(length) + " bytes: this is no safetensors file");
+    if (length > size - 8) return refuse(error, "its header claims " + std::to_string(length) + " bytes, " + std::to_string(size - 8) + " are left: it is cut short");
     const uint8_t *json = bytes + 8, *end = json + length;
-    if (length == 0 || json[0] != '{') return error = "its header does not start with '{': this is no safetensors file", false;
+    if (length == 0 || json[0] != '{') return refuse(error, "its header does not start with '{': this is no safetensors file");
     // The JSON library takes a zero byte for the end of its input, and would not look at what follows.
-    if (memchr(json, 0, length)) return error = "its header holds a zero byte", false;
+    if (memchr(json, 0, length)) return refuse(error, "its header holds a zero byte");
     SafeTensorsReader reader(out, error);
     bool good = nlohmann::json::sax_parse(json, end, &reader) && error.empty();
     if (!good && error.empty()) error = "its header is not JSON";
