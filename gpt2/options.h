@@ -1,0 +1,325 @@
+// The command line. Every option is described once, in option_specs(): its name, the commands that know it, where its value goes, its range and its
+// help. Parsing, --help, config.json and the comparison at --resume all iterate that list. The options of the attention layers are not in it: they
+// come from the layers' own descriptions (config.h), so that a new layer brings its options along.
+#pragma once
+
+#include <CLI/CLI.hpp>
+#include <cerrno>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <map>
+#include <nlohmann/json.hpp>
+#include <string>
+#include <variant>
+#include <vector>
+
+#include "config.h"
+#include "error.h"
+#include "schedule.h"
+
+// Everything that can be said on the command line. Values marked * are settled by resolve_options(): AUTOMATIC or empty until then.
+struct Options {
+    std::string command;                       // train, eval, generate or info
+    std::map<std::string, std::string> given;  // what was typed: option -> text; flags have the text "true"
+
+    // the model
+    std::string preset = "tiny", attention = "causal";
+    std::string positions, tokenizer;                                                  // *
+    int64_t layers = AUTOMATIC, heads = AUTOMATIC, channels = AUTOMATIC, max_seq = AUTOMATIC;  // *
+    std::map<std::string, std::string> attention_options;                              // --segment and the like: option -> text
+
+    // the run
+    std::string data, val_data, out;
+    int64_t steps = AUTOMATIC, batch = AUTOMATIC, seq = AUTOMATIC, warmup = AUTOMATIC;  // *
+    int64_t total_batch = 0;                                                            // *
+    double lr = AUTOMATIC, min_lr = AUTOMATIC;                                          // *
+    std::string schedule = "cosine";
+    double weight_decay = 0.1, grad_clip = 1, beta1 = 0.9, beta2 = 0.95, eps = 1e-8, dropout = 0;
+    bool carry_memory = false, doc_mask = false, resume = false, overwrite = false;
+    int64_t val_every = 100, val_batches = 10, sample_every = 250, save_every = 250, seed = 1337, threads = 0;
+
+    // a trained model
+    std::string checkpoint, prompt;
+    bool recall = false;
+    int64_t tokens = 256, top_k = 0;
+    double temperature = 0.8, top_p = 1;
+
+    bool is_given(const char* name) const { return given.count(name) > 0; }
+};
+
+// Sensible numbers for a first run of each preset; the first row whose name the preset's starts with holds.
+struct PresetDefaults {
+    const char* preset;
+    int64_t steps, batch, warmup;
+    double lr;
+};
+constexpr PresetDefaults preset_defaults[] = {{"tiny", 500, 16, 50, 2e-3}, {"gpt2", 1000, 4, 100, 6e-4}};
+
+enum Command : unsigned { TRAIN = 1, EVAL = 2, GENERATE = 4, INFO = 8 };
+constexpr struct {
+    Command bit;
+    const char *name, *help;
+} commands[] = {
+    {TRAIN, "train", "train a model, or continue a run"},
+    {EVAL, "eval", "loss, and recall, of a trained model on a text or on token shards"},
+    {GENERATE, "generate", "write text with a trained model: the text goes to standard output, everything else to standard error"},
+    {INFO, "info", "what a model would be: its tensors, FLOPs and memory; nothing is trained"},
+};
+
+// What an option means to a run that is resumed: MODEL and RUN must be as they were, since the losses depend on them; FREE may change.
+enum class Role { MODEL, RUN, FREE };
+
+struct OptionSpec {
+    const char* name;
+    unsigned commands;
+    Role role;
+    std::variant<bool Options::*, int64_t Options::*, double Options::*, std::string Options::*> field;
+    double min, max;      // of numbers
+    const char* help;
+    const char* initial = nullptr;           // what --help shows where the value is settled later
+    std::vector<const char*> choices = {};   // of words; empty: any text
+};
+
+constexpr double MANY = 2147483647, EXACT = 9007199254740992;  // 2^31-1; 2^53, up to where JSON's numbers are exact
+
+inline const std::vector<OptionSpec>& option_specs() {
+    using O = Options;
+    constexpr Role MODEL = Role::MODEL, RUN = Role::RUN, FREE = Role::FREE;
+    static const std::vector<OptionSpec> specs = {
+        {"preset", TRAIN | INFO, MODEL, &O::preset, 0, 0, "shape to start from", nullptr, {"tiny", "gpt2-124M", "gpt2-350M", "gpt2-774M", "gpt2-1558M"}},
+        {"attention", TRAIN | INFO, MODEL, &O::attention, 0, 0, "attention layer, or a pattern: lightning*3,causal or infini:segment=64,causal:window=32"},
+        {"layers", TRAIN | INFO, MODEL, &O::layers, 1, 1000, "layers of the network", "the preset's"},
+        {"heads", TRAIN | INFO, MODEL, &O::heads, 1, 1024, "attention heads; must divide the channels", "the preset's"},
+        {"channels", TRAIN | INFO, MODEL, &O::channels, 1, 65536, "width of the residual stream", "the preset's"},
+        {"max-seq", TRAIN | INFO, MODEL, &O::max_seq, 1, 1 << 24, "longest sequence; with learned positions also their number", "the preset's"},
+        {"positions", TRAIN | INFO, MODEL, &O::positions, 0, 0, "position encoding", "learned if every layer is causal, else rope", {"learned", "rope", "none"}},
+        {"tokenizer", TRAIN | INFO, MODEL, &O::tokenizer, 0, 0, "bytes, or the token ids of shards", "bytes for a text, ids for shards", {"bytes", "ids"}},
+
+        {"data", TRAIN | EVAL, FREE, &O::data, 0, 0, "a text file, a token shard, or a quoted glob of shards"},
+        {"val-data", TRAIN, FREE, &O::val_data, 0, 0, "the same, for validation", "the last tenth of --data"},
+        {"steps", TRAIN, FREE, &O::steps, 0, MANY, "number of the last step, after a resume too", "by preset"},
+        {"batch", TRAIN | INFO, RUN, &O::batch, 1, 1 << 20, "sequences a batch", "by preset"},
+        {"seq", TRAIN | INFO, RUN, &O::seq, 1, 1 << 24, "tokens a sequence", "--max-seq"},
+        {"total-batch", TRAIN, RUN, &O::total_batch, 0, MANY, "tokens a step, a multiple of batch times seq: gradients are accumulated; 0: one batch"},
+        {"carry-memory", TRAIN, RUN, &O::carry_memory, 0, 0, "each row of the batch reads on through the text, with the memory it has (recurrent layers)"},
+        {"doc-mask", TRAIN, RUN, &O::doc_mask, 0, 0, "no attention across documents"},
+        {"lr", TRAIN, RUN, &O::lr, 0, 1000, "learning rate", "by preset"},
+        {"min-lr", TRAIN, RUN, &O::min_lr, 0, 1000, "learning rate at the end", "a tenth of --lr"},
+        {"warmup", TRAIN, RUN, &O::warmup, 0, MANY, "steps until the full learning rate", "by preset"},
+        {"schedule", TRAIN, RUN, &O::schedule, 0, 0, "course of the learning rate", nullptr, {schedule_names[0], schedule_names[1], schedule_names[2], schedule_names[3]}},
+        {"weight-decay", TRAIN, RUN, &O::weight_decay, 0, 100, "AdamW's, on matrices only"},
+        {"grad-clip", TRAIN, RUN, &O::grad_clip, 0, 1e9, "largest global norm of the gradient; 0: off"},
+        {"beta1", TRAIN, RUN, &O::beta1, 0, 0.999999, "AdamW's first moment"},
+        {"beta2", TRAIN, RUN, &O::beta2, 0, 0.999999, "AdamW's second moment"},
+        {"eps", TRAIN, RUN, &O::eps, 1e-30, 1, "AdamW's epsilon"},
+        {"dropout", TRAIN, RUN, &O::dropout, 0, 0.99, "of attention weights, embeddings and residual branches"},
+        {"val-every", TRAIN, FREE, &O::val_every, 0, MANY, "steps between validations; 0: off"},
+        {"val-batches", TRAIN, FREE, &O::val_batches, 1, MANY, "batches a validation, always the same ones"},
+        {"sample-every", TRAIN, FREE, &O::sample_every, 0, MANY, "steps between samples of text; 0: off"},
+        {"save-every", TRAIN, FREE, &O::save_every, 0, MANY, "steps between checkpoints, and one at the end; 0: none"},
+        {"out", TRAIN, FREE, &O::out, 0, 0, "directory for config.json, log.jsonl and checkpoints", "nothing is kept"},
+        {"resume", TRAIN, FREE, &O::resume, 0, 0, "continue the run in --out from its newest checkpoint"},
+        {"overwrite", TRAIN, FREE, &O::overwrite, 0, 0, "replace the run in --out"},
+
+        {"checkpoint", EVAL | GENERATE, FREE, &O::checkpoint, 0, 0, "a run's directory (its newest step) or one step's"},
+        {"recall", EVAL, FREE, &O::recall, 0, 0, "answer the questions beside the text (X.questions.jsonl), or --data itself if it is such a file"},
+        {"prompt", GENERATE, FREE, &O::prompt, 0, 0, "text to go on from", "none"},
+        {"tokens", GENERATE, FREE, &O::tokens, 0, MANY, "write at most so many"},
+        {"temperature", GENERATE, FREE, &O::temperature, 0, 100, "0: always the likeliest token"},
+        {"top-k", GENERATE, FREE, &O::top_k, 0, MANY, "choose among the k likeliest tokens; 0: all"},
+        {"top-p", GENERATE, FREE, &O::top_p, 1e-9, 1, "choose among the likeliest tokens that make up this probability; 1: all"},
+        {"seed", TRAIN | GENERATE, RUN, &O::seed, 0, EXACT, "of everything random"},
+        {"threads", TRAIN | EVAL | GENERATE, FREE, &O::threads, 0, 4096, "0: one for each core"},
+    };
+    return specs;
+}
+
+// ----------------------------------------------------------------------------
+// Values as text and as JSON
+
+inline double parse_number(const OptionSpec& s, const std::string& text, bool whole) {
+    char* end;
+    errno = 0;
+    double v = strtod(text.c_str(), &end);
+    bool spaced = text.empty() || isspace((unsigned char)text[0]);
+    if (spaced || *end || errno == ERANGE || (whole && v != std::floor(v)) || !(v >= s.min && v <= s.max))
+        usage_error("--%s is '%s': give %s from %.16g to %.16g", s.name, text.c_str(), whole ? "a whole number" : "a number", s.min, s.max);
+    return v;
+}
+
+inline void set_option(Options& o, const OptionSpec& s, const std::string& text) {
+    if (auto f = std::get_if<bool Options::*>(&s.field)) o.**f = text == "true";
+    if (auto f = std::get_if<int64_t Options::*>(&s.field)) o.**f = (int64_t)parse_number(s, text, true);
+    if (auto f = std::get_if<double Options::*>(&s.field)) o.**f = parse_number(s, text, false);
+    if (auto f = std::get_if<std::string Options::*>(&s.field)) {
+        std::string known;
+        bool found = s.choices.empty();
+        for (const char* c : s.choices) {
+            found = found || text == c;
+            known += std::string(known.empty() ? "" : ", ") + c;
+        }
+        if (!found) usage_error("--%s is '%s': choose one of %s", s.name, text.c_str(), known.c_str());
+        o.**f = text;
+    }
+}
+
+inline nlohmann::json option_json(const Options& o, const OptionSpec& s) {
+    return std::visit([&](auto field) { return nlohmann::json(o.*field); }, s.field);
+}
+// How a value is shown: 500, 0.001, causal.
+inline std::string option_text(const Options& o, const OptionSpec& s) {
+    nlohmann::json j = option_json(o, s);
+    return j.is_string() ? j.get<std::string>() : j.is_number_float() ? format("%g", j.get<double>()) : j.dump();
+}
+
+// ----------------------------------------------------------------------------
+// Settling what depends on other options
+
+inline const Preset& find_preset(const std::string& name) {
+    for (const Preset& p : presets)
+        if (name == p.name) return p;
+    usage_error("--preset is '%s': see --help for the presets", name.c_str());
+}
+inline const PresetDefaults& find_preset_defaults(const std::string& name) {
+    for (const PresetDefaults& d : preset_defaults)
+        if (name.rfind(d.preset, 0) == 0) return d;
+    return preset_defaults[0];
+}
+
+// Fills in what is AUTOMATIC. `positions` and `tokenizer` are settled by model_config() and by the kind of the data.
+inline void resolve_options(Options& o) {
+    const Preset& p = find_preset(o.preset);
+    const PresetDefaults& d = find_preset_defaults(o.preset);
+    auto settle = [](auto& value, auto automatic) {
+        if (value == AUTOMATIC) value = automatic;
+    };
+    settle(o.layers, p.layers);
+    settle(o.heads, p.heads);
+    settle(o.channels, p.channels);
+    settle(o.max_seq, p.max_seq);
+    settle(o.seq, o.max_seq);
+    settle(o.batch, d.batch);
+    settle(o.steps, d.steps);
+    settle(o.warmup, d.warmup);
+    settle(o.lr, d.lr);
+    settle(o.min_lr, o.lr / 10);
+    int64_t one = o.batch * o.seq;
+    if (o.total_batch == 0) o.total_batch = one;
+
+    if (o.seq > o.max_seq)
+        usage_error("--seq %lld is longer than the model's %lld positions: raise --max-seq or lower --seq", (long long)o.seq, (long long)o.max_seq);
+    if (one > MANY) usage_error("--batch %lld times --seq %lld is over 2^31 tokens: lower one of them", (long long)o.batch, (long long)o.seq);
+    if (o.total_batch % one)
+        usage_error("--total-batch %lld is not a multiple of --batch %lld times --seq %lld = %lld tokens", (long long)o.total_batch, (long long)o.batch,
+                    (long long)o.seq, (long long)one);
+    if (o.min_lr > o.lr) usage_error("--min-lr %g is above --lr %g: lower it", o.min_lr, o.lr);
+}
+
+inline ModelConfig model_config(const Options& o, int vocab_size) {
+    ModelConfig c;
+    c.set_vocab(vocab_size);
+    c.max_seq = (int)o.max_seq;
+    c.layers = (int)o.layers;
+    c.heads = (int)o.heads;
+    c.channels = (int)o.channels;
+    parse_attention(c, o.attention, o.attention_options, o.positions);
+    return c;
+}
+
+// ----------------------------------------------------------------------------
+// Reading the command line
+
+// An option of one or more attention layers, as the command line shows it.
+struct AttentionFlag {
+    std::string help, initial;
+};
+inline std::map<std::string, AttentionFlag> attention_flags() {
+    std::map<std::string, AttentionFlag> flags;
+    for (const AttentionDescription& d : attention_descriptions()) {
+        for (const AttentionOption& option : d.options) {
+            std::string initial = !option.choices.empty() ? option.choices[(int)option.initial] : option.initial == AUTOMATIC ? "automatic" : format("%g", option.initial);
+            AttentionFlag& f = flags[option.name];
+            if (f.initial.find(initial) == std::string::npos) f.initial += (f.initial.empty() ? "" : " or ") + initial;
+            f.help += std::string(f.help.empty() ? "" : "; ") + d.name + ": " + option.help;
+            for (size_t i = 0; i < option.choices.size(); i++) f.help += std::string(i ? ", " : " (") + option.choices[i] + (i + 1 == option.choices.size() ? ")" : "");
+        }
+    }
+    return flags;
+}
+
+inline std::string initial_text(const OptionSpec& s) {
+    Options fresh;
+    if (!s.initial || std::string(s.initial) != "by preset") return s.initial ? s.initial : option_text(fresh, s);
+    std::string text;
+    for (const PresetDefaults& d : preset_defaults) {
+        Options o;
+        for (const Preset& p : presets)
+            if (std::string(p.name).rfind(d.preset, 0) == 0) o.preset = p.name;
+        resolve_options(o);
+        text += (text.empty() ? "" : ", ") + option_text(o, s) + " for " + d.preset;
+    }
+    return text;
+}
+
+inline void declare_options(CLI::App& app, Command command, std::map<std::string, std::string>& texts, std::map<std::string, bool>& flags) {
+    auto group = [&](const OptionSpec& s) {
+        return s.role == Role::MODEL ? "Model" : s.name == std::string("help") ? "" : "Options";
+    };
+    for (const OptionSpec& s : option_specs()) {
+        if (!(s.commands & command)) continue;
+        std::string name = std::string("--") + s.name, help = s.help;
+        for (size_t i = 0; i < s.choices.size(); i++) help += (i ? ", " : ": ") + std::string(s.choices[i]);
+        CLI::Option* option;
+        if (std::holds_alternative<bool Options::*>(s.field)) {
+            option = app.add_flag(name, flags[s.name], help);
+        } else {
+            option = app.add_option(name, texts[s.name], help)->default_str(initial_text(s));
+            option->type_name(std::holds_alternative<std::string Options::*>(s.field) ? "TEXT" : std::holds_alternative<double Options::*>(s.field) ? "NUMBER" : "N");
+        }
+        option->multi_option_policy(CLI::MultiOptionPolicy::TakeLast)->group(group(s));
+    }
+    if (!(command & (TRAIN | INFO))) return;
+    for (const auto& [name, f] : attention_flags())
+        app.add_option("--" + name, texts[name], f.help)->default_str(f.initial)->type_name("VALUE")->group("Attention layers")->multi_option_policy(
+            CLI::MultiOptionPolicy::TakeLast);
+}
+
+// What was typed goes over what the options hold so far.
+inline void apply_given(Options& o) {
+    std::map<std::string, AttentionFlag> layer_options = attention_flags();
+    for (const auto& [name, text] : o.given)
+        if (layer_options.count(name)) o.attention_options[name] = text;
+    for (const OptionSpec& s : option_specs())
+        if (o.is_given(s.name)) set_option(o, s, o.given.at(s.name));
+}
+
+// False if only help was asked for, which has then been printed.
+inline bool parse_command_line(int argc, char** argv, Options& o) {
+    CLI::App app("Trains GPTs whose attention layers can be exchanged.", "train_gpt2");
+    app.require_subcommand(1, 1);
+    std::map<std::string, std::map<std::string, std::string>> texts;
+    std::map<std::string, std::map<std::string, bool>> flags;
+    for (const auto& c : commands) declare_options(*app.add_subcommand(c.name, c.help), c.bit, texts[c.name], flags[c.name]);
+    if (argc < 2) usage_error("no command: give train, eval, generate or info; train_gpt2 COMMAND --help lists its options");
+    try {
+        app.parse(argc, argv);
+    } catch (const CLI::ParseError& e) {
+        if (e.get_exit_code() == 0) {
+            app.exit(e);
+            return false;
+        }
+        std::string line = e.what();
+        for (char& c : line)
+            if (c == '\n') c = ' ';
+        usage_error("%s: train_gpt2 %s--help lists what there is", line.c_str(), app.get_subcommands().empty() ? "" : (app.get_subcommands()[0]->get_name() + " ").c_str());
+    }
+    const CLI::App& chosen = *app.get_subcommands()[0];
+    o.command = chosen.get_name();
+    for (const auto& [name, text] : texts[o.command])
+        if (chosen.count("--" + name)) o.given[name] = text;
+    for (const auto& [name, flag] : flags[o.command])
+        if (flag) o.given[name] = "true";
+    apply_given(o);
+    return true;
+}
