@@ -43,6 +43,7 @@ struct TrainerOptions {
     int64_t max_tokens = 0;    // tokens of the largest batch
     bool training = true;      // room for gradients, moments and saved activations
     int lanes = 0;             // carried memories
+    bool plan_only = false;    // allocate nothing: only config, parameters() without data and the three ..._bytes() may be asked (`info` of a large model)
 };
 
 struct Trainer {
