@@ -33,8 +33,9 @@ struct RunState {
     int64_t batch_number = 0;   // the loader's next batch
     int64_t seed = 0;
     int64_t data_tokens = 0;    // size of the training data: another size is other data
-    std::string tokenizer;      // its name
-    std::string tokenizer_identity;
+    int64_t seq = 0;            // tokens a sequence in training: what evaluation cuts its text into
+    bool doc_mask = false;      // documents were kept apart
+    nlohmann::json tokenizer;   // Tokenizer::identity()
     nlohmann::json model;       // model_json()
 };
 
@@ -164,8 +165,9 @@ inline void write_checkpoint_files(const std::string& directory, Trainer& traine
                                 {"batch_number", state.batch_number},
                                 {"seed", state.seed},
                                 {"data_tokens", state.data_tokens},
+                                {"seq", state.seq},
+                                {"doc_mask", state.doc_mask},
                                 {"tokenizer", state.tokenizer},
-                                {"tokenizer_identity", state.tokenizer_identity},
                                 {"model", state.model}};
     write_file(directory + "/state.json", j.dump(2) + "\n");
 }
@@ -196,8 +198,10 @@ inline RunState read_state(const std::string& directory) {
     s.batch_number = json_whole(j, "batch_number", 0, INT64_MAX, path);
     s.seed = json_whole(j, "seed", 0, INT64_MAX, path);
     s.data_tokens = json_whole(j, "data_tokens", 0, INT64_MAX, path);
-    s.tokenizer = json_string(j, "tokenizer", path);
-    s.tokenizer_identity = json_string(j, "tokenizer_identity", path);
+    s.seq = json_whole(j, "seq", 1, INT32_MAX, path);
+    s.doc_mask = j.contains("doc_mask") && j["doc_mask"] == true;
+    s.tokenizer = j.contains("tokenizer") ? j["tokenizer"] : nlohmann::json();
+    json_string(s.tokenizer, "name", path);
     s.model = j.contains("model") ? j["model"] : nlohmann::json();
     return s;
 }

@@ -4,6 +4,7 @@
 #pragma once
 
 #include <CLI/CLI.hpp>
+#include <algorithm>
 #include <cerrno>
 #include <cmath>
 #include <cstdint>
@@ -263,9 +264,7 @@ inline std::string initial_text(const OptionSpec& s) {
 }
 
 inline void declare_options(CLI::App& app, Command command, std::map<std::string, std::string>& texts, std::map<std::string, bool>& flags) {
-    auto group = [&](const OptionSpec& s) {
-        return s.role == Role::MODEL ? "Model" : s.name == std::string("help") ? "" : "Options";
-    };
+    auto default_text = [](const std::string& initial) { return initial.empty() ? "" : " (default: " + initial + ")"; };
     for (const OptionSpec& s : option_specs()) {
         if (!(s.commands & command)) continue;
         std::string name = std::string("--") + s.name, help = s.help;
@@ -274,15 +273,18 @@ inline void declare_options(CLI::App& app, Command command, std::map<std::string
         if (std::holds_alternative<bool Options::*>(s.field)) {
             option = app.add_flag(name, flags[s.name], help);
         } else {
-            option = app.add_option(name, texts[s.name], help)->default_str(initial_text(s));
+            option = app.add_option(name, texts[s.name], help + default_text(initial_text(s)));
             option->type_name(std::holds_alternative<std::string Options::*>(s.field) ? "TEXT" : std::holds_alternative<double Options::*>(s.field) ? "NUMBER" : "N");
         }
-        option->multi_option_policy(CLI::MultiOptionPolicy::TakeLast)->group(group(s));
+        option->multi_option_policy(CLI::MultiOptionPolicy::TakeLast)->group(s.role == Role::MODEL ? "Model" : "Options");
     }
+    app.allow_extras();  // so that we can name what is not known
+    app.get_formatter()->column_width(24);
     if (!(command & (TRAIN | INFO))) return;
-    for (const auto& [name, f] : attention_flags())
-        app.add_option("--" + name, texts[name], f.help)->default_str(f.initial)->type_name("VALUE")->group("Attention layers")->multi_option_policy(
-            CLI::MultiOptionPolicy::TakeLast);
+    for (const auto& [name, f] : attention_flags()) {
+        CLI::Option* option = app.add_option("--" + name, texts[name], f.help + default_text(f.initial));
+        option->type_name("VALUE")->group("Attention layers")->multi_option_policy(CLI::MultiOptionPolicy::TakeLast);
+    }
 }
 
 // What was typed goes over what the options hold so far.
@@ -294,14 +296,22 @@ inline void apply_given(Options& o) {
         if (o.is_given(s.name)) set_option(o, s, o.given.at(s.name));
 }
 
+// What CLI11 could not place. Its own message would list everything in reverse.
+inline void refuse_extras(const CLI::App& app, const std::string& command) {
+    std::vector<std::string> extras = app.remaining();
+    if (extras.empty()) return;
+    bool option = extras[0][0] == '-';
+    std::string known = command.empty() && !option ? "choose train, eval, generate or info" : "train_gpt2 " + command + (command.empty() ? "" : " ") + "--help lists what there is";
+    usage_error("unknown %s '%s': %s", option ? "option" : command.empty() ? "command" : "argument", extras[0].c_str(), known.c_str());
+}
+
 // False if only help was asked for, which has then been printed.
 inline bool parse_command_line(int argc, char** argv, Options& o) {
     CLI::App app("Trains GPTs whose attention layers can be exchanged.", "train_gpt2");
-    app.require_subcommand(1, 1);
+    app.require_subcommand(0, 1)->allow_extras();
     std::map<std::string, std::map<std::string, std::string>> texts;
     std::map<std::string, std::map<std::string, bool>> flags;
     for (const auto& c : commands) declare_options(*app.add_subcommand(c.name, c.help), c.bit, texts[c.name], flags[c.name]);
-    if (argc < 2) usage_error("no command: give train, eval, generate or info; train_gpt2 COMMAND --help lists its options");
     try {
         app.parse(argc, argv);
     } catch (const CLI::ParseError& e) {
@@ -310,12 +320,14 @@ inline bool parse_command_line(int argc, char** argv, Options& o) {
             return false;
         }
         std::string line = e.what();
-        for (char& c : line)
-            if (c == '\n') c = ' ';
-        usage_error("%s: train_gpt2 %s--help lists what there is", line.c_str(), app.get_subcommands().empty() ? "" : (app.get_subcommands()[0]->get_name() + " ").c_str());
+        std::replace(line.begin(), line.end(), '\n', ' ');
+        usage_error("%s; --help lists what there is", line.c_str());
     }
+    refuse_extras(app, "");
+    if (app.get_subcommands().empty()) usage_error("no command: give train, eval, generate or info; train_gpt2 COMMAND --help lists its options");
     const CLI::App& chosen = *app.get_subcommands()[0];
     o.command = chosen.get_name();
+    refuse_extras(chosen, o.command);
     for (const auto& [name, text] : texts[o.command])
         if (chosen.count("--" + name)) o.given[name] = text;
     for (const auto& [name, flag] : flags[o.command])
