@@ -39,11 +39,13 @@ inline void bias_backward(real* db, const real* dout, int64_t N, int64_t OC) {
     }
 }
 
-// dx = (or +=) dout·W;  dW += doutᵀ·x;  db += Σ_n dout. dx and db may be null.
-inline void linear_backward(real* dx, bool accumulate_dx, real* dw, real* db, const real* dout, const real* x, const real* w, int64_t N, int64_t C, int64_t OC) {
-    if (dx) matmul(NO, NO, N, C, OC, 1, dout, OC, w, C, accumulate_dx ? 1 : 0, dx, C);
-    matmul(YES, NO, OC, C, N, 1, dout, OC, x, C, 1, dw, C);
-    if (db) bias_backward(db, dout, N, OC);
+// dx = (or +=) dout·W;  dW += doutᵀ·x;  db += Σ_n dout. dx and db may be null; rows of dout are dout_stride apart (0: OC).
+inline void linear_backward(real* dx, bool accumulate_dx, real* dw, real* db, const real* dout, const real* x, const real* w, int64_t N, int64_t C, int64_t OC,
+                            int64_t dout_stride = 0) {
+    if (dout_stride == 0) dout_stride = OC;
+    if (dx) matmul(NO, NO, N, C, OC, 1, dout, dout_stride, w, C, accumulate_dx ? 1 : 0, dx, C);
+    matmul(YES, NO, OC, C, N, 1, dout, dout_stride, x, C, 1, dw, C);
+    if (db) bias_backward(db, dout, N, OC);  // only for dense rows: the head has no bias
 }
 
 // ---- RMSNorm: y = u·r ⊙ gain, r = 1/√(mean(u²) + ε), ε = 1e-6 ----------------------------------------------------------------------------------------
