@@ -156,6 +156,8 @@ struct SoftmaxAttention {
     // Or, if not null, keys and values in pages: key j of sequence s is states[s].row(j) + k_offset. Forward only.
     const AttentionState* states = nullptr;
     int64_t k_offset = 0, v_offset = 0;
+    // Where each sequence's first query stands among the keys; null: the queries are the last. MLA's new tokens stand behind all keys of the prefix.
+    const int* q_at = nullptr;  // forward only
     // Attention dropout: Philox counter (j>>2, i, b·NH+h, step·L+l). By default b is the sequence, i and j are positions in it; a core sequence that is
     // a piece of a longer one (a segment) says of which (drop_seq) and where it starts (drop_pos).
     DropoutKey dropout;
@@ -163,6 +165,7 @@ struct SoftmaxAttention {
 
     int q_len(int s) const { return cu_q[s + 1] - cu_q[s]; }
     int k_len(int s) const { return cu_k[s + 1] - cu_k[s]; }
+    int position(int s, int i) const { return i + (q_at ? q_at[s] : k_len(s) - q_len(s)); }
     int kv_head(int h) const { return (int)((int64_t)h * kv_heads / heads); }
     const real* key(int s, int64_t j, int g) const { return (states ? states[s].row(j) + k_offset : k + (cu_k[s] + j) * k_stride) + g * k_head; }
     const real* value(int s, int64_t j, int g) const { return (states ? states[s].row(j) + v_offset : v + (cu_k[s] + j) * v_stride) + g * v_head; }
@@ -189,7 +192,7 @@ inline void visible_keys(int position, int window, int j0, int n, int* lo, int* 
 inline void dropout_row(const SoftmaxAttention& a, int s, int h, int i, int j0, int n, real* z) {
     uint32_t threshold = dropout_threshold(a.dropout.p);
     real scale = (real)(1 / (1 - a.dropout.p));
-    int start = a.drop_pos ? a.drop_pos[s] : 0, position = start + i + a.k_len(s) - a.q_len(s);
+    int start = a.drop_pos ? a.drop_pos[s] : 0, position = start + a.position(s, i);
     uint32_t who = (uint32_t)((a.dropout.first_row + (a.drop_seq ? a.drop_seq[s] : s)) * a.heads + h);
     Philox r{};
     for (int j = 0; j < n; j++) {
@@ -256,7 +259,7 @@ inline void softmax_forward(const SoftmaxAttention& a, real* o, int64_t o_stride
                 // Later tiles of a sequence have more keys: they go first, so that no thread is left with a long one.
                 Tile tile = q_tiles[q_tiles.size() - 1 - t];
                 int s = tile.seq, i0 = tile.start, rows = std::min(QT, a.q_len(s) - i0), g = a.kv_head(h);
-                int first = i0 + a.k_len(s) - a.q_len(s), last = first + rows - 1;  // positions among the keys
+                int first = a.position(s, i0), last = std::min(first + rows, a.k_len(s)) - 1;  // the first query's position, the last key seen
                 const real* q = a.q + (a.cu_q[s] + i0) * a.q_stride + h * a.d_qk;
                 real m[QT], l[QT];
                 std::fill(m, m + QT, MINUS_INFINITY);
@@ -312,7 +315,7 @@ struct SoftmaxGradients {
 };
 
 inline void softmax_backward(const SoftmaxAttention& a, const SoftmaxGradients& g) {
-    assert(!a.states);
+    assert(!a.states && !a.q_at);
 #pragma omp parallel
     {
         std::vector<real> P(QT * KT), dS(QT * KT), kt((size_t)a.d_qk * KT), vt((size_t)a.d_v * KT), dk((size_t)KT * a.d_qk), dv((size_t)KT * a.d_v), z(KT), D;
