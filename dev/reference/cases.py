@@ -37,6 +37,8 @@ class Case:
     chunks: int = 1
     ignored: float = 0.0      # share of targets that are −1
     run: dict = field(default_factory=dict)
+    scale: dict = field(default_factory=dict)  # last part of a parameter's name -> factor, a power of two
+    query_bias: tuple = ()    # added to the query part of bqkv, per head
 
 
 def case(name, attention, C, NH, lengths, **more):
@@ -46,8 +48,8 @@ def case(name, attention, C, NH, lengths, **more):
 def causal_cases():
     small, grouped = dict(C=8, NH=2, lengths=(13, 13)), dict(C=16, NH=4, lengths=(13, 13))
     return [
-        case("causal_hs64", "causal", 64, 1, (67,), vocab=41, spare_positions=3),
-        case("causal_hs128", "causal", 128, 1, (65,), vocab=29, positions="rope"),
+        case("causal_hs64", "causal", 64, 1, (67,), run=GENTLE, spare_positions=3),
+        case("causal_hs128", "causal", 128, 1, (65,), run=GENTLE, positions="rope"),
         case("causal_b2_t10", "causal causal", 64, 8, (10, 10), vocab=50, run=PLAIN_ADAM),
         case("causal_rope", "causal", **grouped, positions="rope"),
         case("causal_none", "causal", **small, positions="none"),
@@ -60,7 +62,8 @@ def causal_cases():
         case("causal_dropout", "causal causal", **small, run=dict(dropout=0.1)),
         case("causal_dropout_window_ragged", "causal:window=6:kv-heads=2", 16, 4, (5, 0, 1, 19),
              positions="rope", run=dict(dropout=0.3, seed=7)),
-        case("causal_t1", "causal", 8, 2, (1,), vocab=29, spare_positions=2),
+        case("causal_tiny_input", "causal", **small, scale={"wte": 2**-8, "wpe": 2**-8}),
+        case("causal_t1", "causal", 8, 2, (1,), spare_positions=2),
         case("causal_ragged", "causal", 8, 2, RAGGED, ignored=0.2),
     ]
 
@@ -68,8 +71,8 @@ def causal_cases():
 def infini_cases():
     small, grouped = dict(C=8, NH=2, lengths=(13, 13)), dict(C=16, NH=4, lengths=(13, 13))
     return [
-        case("infini_hs64", "infini:segment=16", 64, 1, (67,), vocab=41),
-        case("infini_hs128", "infini:segment=32", 128, 1, (65,), vocab=29),
+        case("infini_hs64", "infini:segment=16", 64, 1, (67,), run=GENTLE),
+        case("infini_hs128", "infini:segment=32", 128, 1, (65,), run=GENTLE),
         case("infini_b2_t10", "infini:segment=4 infini:segment=4", 64, 8, (10, 10), vocab=50, run=PLAIN_ADAM),
         case("infini_learned", "infini:segment=4", **grouped, positions="learned", spare_positions=3),
         case("infini_none", "infini:segment=4", **small, positions="none"),
@@ -82,14 +85,16 @@ def infini_cases():
         case("infini_segment_over_t_gated", "infini:segment=20:first-segment=gated", **small),
         case("infini_segment1", "infini:segment=1", **small),
         case("infini_segment1_delta", "infini:segment=1:memory-update=delta", **small),
+        # Φ(q) near ε in head 0; in head 1 it is zero in float32.
+        case("infini_tiny_features", "infini:segment=4", **small, query_bias=(-14, -110)),
         case("infini_segment_divides_t", "infini:segment=4", 8, 2, (12, 12)),
         case("infini_dropout", "infini:segment=5 infini:segment=5", **small, run=dict(dropout=0.2)),
-        case("infini_t1", "infini:segment=4", 8, 2, (1,), vocab=29),
+        case("infini_t1", "infini:segment=4", 8, 2, (1,)),
         case("infini_ragged", "infini:segment=8", 8, 2, RAGGED, ignored=0.2),
         case("infini_ragged_delta", "infini:segment=16:memory-update=delta", 8, 2, RAGGED, ignored=0.2),
         case("infini_carry", "infini:segment=4 infini:segment=4", 8, 2, (10, 10), chunks=3, run=CARRY),
         case("infini_carry_delta", "infini:segment=5:memory-update=delta:kv-heads=2:first-segment=gated",
-             16, 4, (7, 7), chunks=3, run=CARRY),
+             8, 4, (7, 7), chunks=3, run=CARRY),
         case("infini_carry_ragged", "infini:segment=6:memory-init=zero", 8, 2, (5, 0, 1, 9), chunks=4, run=CARRY),
     ]
 
@@ -97,16 +102,17 @@ def infini_cases():
 def lightning_cases():
     small = dict(C=8, NH=4, lengths=(13, 13))
     return [
-        case("lightning_hs64", "lightning", 64, 1, (67,), vocab=41),
-        case("lightning_hs128", "lightning", 128, 1, (65,), vocab=29),
+        case("lightning_hs64", "lightning", 64, 1, (67,), run=GENTLE),
+        case("lightning_hs128", "lightning", 128, 1, (65,), run=GENTLE),
         case("lightning_b2_t10", "lightning lightning", 64, 8, (10, 10), vocab=50, run=PLAIN_ADAM),
         case("lightning_minimax", "lightning lightning lightning", **small),
         case("lightning_fla", "lightning:decay=fla lightning:decay=fla", **small),
-        case("lightning_none", "lightning:decay=none", **small),
+        case("lightning_none", "lightning:decay=none", 8, 2, (13, 13)),
         case("lightning_heads3", "lightning", 12, 3, (9,)),
-        case("lightning_learned", "lightning", **small, positions="learned"),
-        case("lightning_dropout", "lightning lightning", **small, run=dict(dropout=0.1)),
-        case("lightning_t1", "lightning", 8, 2, (1,), vocab=29),
+        case("lightning_learned", "lightning", 8, 2, (13,), positions="learned"),
+        case("lightning_dropout", "lightning lightning", 16, 2, (13, 13), run=dict(dropout=0.1)),
+        case("lightning_tiny_output", "lightning", 8, 2, (13,), scale={"wqkv": 2**-4}),
+        case("lightning_t1", "lightning", 8, 2, (1,)),
         case("lightning_ragged", "lightning", 8, 2, RAGGED, ignored=0.2),
         case("lightning_carry", "lightning lightning", 8, 2, (10, 10), chunks=3, run=CARRY),
         case("lightning_carry_ragged", "lightning:decay=fla", 8, 2, (5, 0, 1, 9), chunks=3, run=CARRY),
@@ -120,8 +126,8 @@ def mla_spec(r_q, d_c, d_nope, d_rope, d_v):
 def mla_cases():
     small, plain = dict(C=8, NH=4, lengths=(13, 13)), mla_spec(0, 6, 4, 2, 4)
     return [
-        case("mla_hs64", mla_spec(0, 24, 64, 32, 64), 32, 2, (67,), vocab=41),
-        case("mla_hs128", mla_spec(24, 16, 128, 64, 128), 32, 2, (65,), vocab=29),
+        case("mla_hs64", mla_spec(0, 24, 64, 32, 64), 32, 2, (67,), run=GENTLE),
+        case("mla_hs128", mla_spec(16, 16, 128, 64, 128), 32, 2, (65,), run=GENTLE),
         case("mla_b2_t10", mla_spec(0, 32, 8, 4, 8) + " " + mla_spec(24, 32, 8, 4, 8), 64, 8, (10, 10),
              vocab=50, run=PLAIN_ADAM),
         case("mla_query_latent", mla_spec(10, 6, 4, 2, 4), **small),
@@ -130,10 +136,11 @@ def mla_cases():
         case("mla_no_nope", mla_spec(0, 6, 0, 4, 4), **small),
         case("mla_no_nope_query_latent", mla_spec(10, 6, 0, 4, 6), **small),
         case("mla_heads3", mla_spec(8, 12, 4, 2, 6), 12, 3, (9, 9)),
-        case("mla_heads5", mla_spec(0, 9, 6, 2, 3), 20, 5, (9,)),
+        case("mla_heads5", mla_spec(0, 9, 6, 2, 3), 10, 5, (9,)),
         case("mla_learned", plain, **small, positions="learned", spare_positions=2),
         case("mla_dropout", plain + " " + mla_spec(8, 6, 4, 2, 4), **small, run=dict(dropout=0.25)),
-        case("mla_t1", mla_spec(6, 6, 4, 2, 4), 8, 2, (1,), vocab=29),
+        case("mla_tiny_latents", mla_spec(8, 6, 4, 2, 4), **small, scale={"wdq": 2**-10, "wdkv": 2**-10}),
+        case("mla_t1", mla_spec(6, 6, 4, 2, 4), 8, 2, (1,)),
         case("mla_ragged", plain, 8, 2, RAGGED, ignored=0.2),
     ]
 
@@ -144,7 +151,7 @@ def hybrid_cases():
         case("hybrid_lightning_causal", "lightning causal", 8, 2, (13, 13)),
         case("hybrid_infini_window", "infini:segment=3 causal:window=4", 8, 2, (13, 13)),
         case("hybrid_mla_infini", mla + " infini:segment=4:memory-update=delta", 8, 2, (13, 13)),
-        case("hybrid_all_dropout", f"causal:kv-heads=2 infini:segment=5:gate-lr=1 lightning {mla}", 8, 4, (5, 0, 12),
+        case("hybrid_all_dropout", f"causal:kv-heads=1 infini:segment=5:gate-lr=1 lightning {mla}", 8, 2, (5, 0, 12),
              ignored=0.1, run=dict(dropout=0.1, seed=2**40 + 3)),
         case("hybrid_carry", f"infini:segment=4 causal lightning {mla}", 8, 2, (7, 7), chunks=3, run=CARRY),
     ]
@@ -154,6 +161,7 @@ def hybrid_cases():
 USUAL = dict(dropout=0.0, seed=1234567890123456, lr=3e-3, beta1=0.9, beta2=0.95, eps=1e-8,
              weight_decay=0.1, grad_clip=1.0, carry_memory=False)
 PLAIN_ADAM = dict(beta2=0.999, eps=1e-6, weight_decay=0.01, grad_clip=0.0, lr=1e-3)
+GENTLE = dict(lr=1e-3)  # at the wide layers 3e-3 makes ten steps chaotic
 CARRY = dict(carry_memory=True)
 CASES = {c.name: c for c in causal_cases() + infini_cases() + lightning_cases() + mla_cases() + hybrid_cases()}
 
@@ -182,9 +190,10 @@ def specification(options):
     return ":".join([options["name"], *rest])
 
 
-def draw_parameters(cfg, rng):
+def draw_parameters(case_, cfg, rng):
     """Large enough that softmax is far from uniform and every gradient counts; norm gains around 1,
-    no bias zero, β from −1 to 1.5 over the heads, padding rows of wte zero."""
+    no bias zero, β from −1 to 1.5 over the heads, padding rows of wte zero; then the case's own
+    scale and query_bias, which bring the epsilons of norms and memories into play."""
     params = {}
     for name, shape in parameter_shapes(cfg).items():
         n, leaf = rng.standard_normal(shape), name.split(".")[-1]
@@ -198,7 +207,9 @@ def draw_parameters(cfg, rng):
             value = 0.2 * n
         else:
             value = n * {"wte": 1.0, "wo": 0.7, "wproj": 0.7, "wfc": 0.9}.get(leaf, 1.2) / shape[1] ** 0.5
-        params[name] = torch.from_numpy(value).bfloat16().double()
+        if leaf == "bqkv" and case_.query_bias:
+            value[:cfg.channels] += np.repeat(case_.query_bias, cfg.channels // cfg.heads)
+        params[name] = torch.from_numpy(value * case_.scale.get(leaf, 1)).bfloat16().double()
     params["wte"][cfg.vocab_size:] = 0
     return params
 
@@ -224,7 +235,7 @@ def build(case_):
     cfg = Config(case_.vocab, max(case_.lengths) + case_.spare_positions, len(attention), case_.heads,
                  case_.channels, positions, attention)
     run = Run(**{**USUAL, **case_.run})
-    return cfg, run, draw_parameters(cfg, rng), draw_batch(case_, rng)
+    return cfg, run, draw_parameters(case_, cfg, rng), draw_batch(case_, rng)
 
 
 def metadata(cfg, run):
@@ -232,3 +243,20 @@ def metadata(cfg, run):
     config["padded_vocab_size"] = cfg.padded_vocab_size
     config["attention"] = [specification(a) for a in cfg.attention]
     return {"config": json.dumps(config, sort_keys=True), "run": json.dumps(asdict(run), sort_keys=True)}
+
+
+def print_table():
+    """The table of README.md."""
+    print("| case | layers | C | NH | positions | V | sequence lengths | also |\n|---|---|---|---|---|---|---|---|")
+    for c in CASES.values():
+        cfg, _, _, _ = build(c)
+        differing = [k for k in ("dropout", "carry_memory") if k in c.run]
+        also = [f"{k} {c.run[k]}" if k == "dropout" else f"{c.chunks} chunks" for k in differing]
+        also += ["targets −1"] * (c.ignored > 0) + [f"{n} × {f:g}" for n, f in c.scale.items()]
+        also += [f"query bias {c.query_bias}"] * bool(c.query_bias)
+        print(f"| {c.name} | {' '.join(c.attention)} | {c.channels} | {c.heads} | {cfg.positions} | {c.vocab} "
+              f"| {' '.join(map(str, c.lengths))} | {', '.join(also)} |")
+
+
+if __name__ == "__main__":
+    print_table()

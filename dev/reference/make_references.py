@@ -14,7 +14,6 @@ import struct
 import sys
 import time
 
-import numpy as np
 import torch
 
 from cases import CASES, build, metadata
@@ -29,7 +28,8 @@ def distances(params, cfg, run, batch, reference, dtype):
     A gradient that is all but zero is measured against a millionth of the whole gradient's norm."""
     logits, losses, grads = evaluate({n: p.to(dtype) for n, p in params.items()}, cfg, run, batch)
     floor = 1e-6 * gradient_norm(reference[2])
-    found = {"loss": difference(losses.double().mean(), reference[1].mean()), "logits": difference(logits, reference[0])}
+    found = {"loss": difference(losses.double().mean(), reference[1].mean()),
+             "logits": difference(logits, reference[0])}
     found.update({f"grad.{n}": difference(grads[n], g, floor) for n, g in reference[2].items()})
     return {n: float(f"{d:.2e}") for n, d in found.items()}
 
@@ -83,7 +83,8 @@ def write_safetensors(path, tensors, strings):
     header, data = {"__metadata__": strings}, b""
     for name, (tensor, dtype) in sorted(tensors.items(), key=lambda item: (-width[item[1][1]], item[0])):
         encoded = encode(tensor, dtype)
-        header[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [len(data), len(data) + len(encoded)]}
+        header[name] = {"dtype": dtype, "shape": list(tensor.shape),
+                        "data_offsets": [len(data), len(data) + len(encoded)]}
         data += encoded
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
