@@ -24,6 +24,7 @@
 #include "error.h"
 #include "files.h"
 #include "safetensors.h"
+#include "tokenizer.h"
 #include "trainer.h"
 
 struct RunState {
@@ -237,4 +238,13 @@ inline void load_optimizer(const std::string& directory, Trainer& trainer) {
     load_section(file, "m.", Section::MOMENT1, trainer);
     load_section(file, "v.", Section::MOMENT2, trainer);
     if (!memory.empty()) trainer.set_memory(memory);
+}
+
+// The tokenizer that a model was trained with.
+inline Tokenizer tokenizer_of(const RunState& state, const std::string& path) {
+    std::string name = json_string(state.tokenizer, "name", path);
+    if (name != "bytes" && name != "ids") data_error("'%s': the tokenizer '%s' is unknown; take another checkpoint", path.c_str(), printable(name).c_str());
+    Tokenizer t = make_tokenizer(name);
+    if (t.identity() != state.tokenizer) data_error("'%s' was made with another tokenizer of the name %s; take another checkpoint", path.c_str(), name.c_str());
+    return t;
 }
