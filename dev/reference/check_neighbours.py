@@ -294,7 +294,8 @@ def main(names):
             print(f"{name:32} {neighbour:42} {seen:.1e}  {'ok' if seen <= expected else 'FAIL'}", flush=True)
     for name in ("causal_t1", "infini_carry", "infini_delta_one_gated", "mla_dropout", "lightning_b2_t10"):
         cfg, run, params, batch = build(CASES[name])
-        ours, theirs = (torch.tensor(f(params, cfg, run, batch)) for f in (adamw_losses, torch_adamw))
+        ours, theirs = (torch.tensor(f(params, cfg, run, batch), dtype=torch.float64)
+                        for f in (adamw_losses, torch_adamw))
         seen = difference(ours, theirs)
         failures += not seen <= EXACT
         print(f"{name:32} {'torch.optim.AdamW, ten losses':42} {seen:.1e}  {'ok' if seen <= EXACT else 'FAIL'}")
