@@ -169,6 +169,7 @@ struct Gpt2 : Trainer {
 
     Gpt2(const ModelConfig& c, const TrainerOptions& o) : pool(state_sizes(c)), options(o) {
         config = c;
+        params_memory.plan_only = grads_memory.plan_only = acts_memory.plan_only = o.plan_only;
         params = model_parameters(c);
         params_memory.allocate(params, sizeof(real));
         if (o.training) {
@@ -177,9 +178,10 @@ struct Gpt2 : Trainer {
             grads_memory.allocate(moment1, sizeof(real));
             grads_memory.allocate(moment2, sizeof(real));
             for (Tensors* t : {&grads, &moment1, &moment2})
-                for (size_t i = 0; i < t->specs.size(); i++) memset(t->data[i], 0, t->specs[i].size() * sizeof(real));
+                for (size_t i = 0; i < t->data.size(); i++) memset(t->data[i], 0, t->specs[i].size() * sizeof(real));
         }
         allocate_activations();
+        if (o.plan_only) return;
         for (int l = 0; l < c.layers; l++) {
             attn_params.push_back(params.part(format("h.%d.attn.", l)));
             attn_grads.push_back(grads.part(format("h.%d.attn.", l)));
@@ -512,13 +514,18 @@ struct Gpt2 : Trainer {
     }
     size_t parameter_bytes() override { return params_memory.bytes; }
     size_t gradient_bytes() override { return grads_memory.bytes; }
-    size_t activation_bytes() override { return acts_memory.bytes + scratch.size() * sizeof(real); }
+    size_t activation_bytes() override {
+        int64_t need = 0;
+        for (const AttentionConfig& a : config.attention) need = std::max(need, attention(a.name).scratch(a, options.max_tokens, 1, options.max_tokens, options.training));
+        return acts_memory.bytes + need * sizeof(real);
+    }
 };
 
 }  // namespace cpu
 
-#ifndef GPT2_NO_MAIN
 std::unique_ptr<Trainer> make_trainer(const ModelConfig& config, const TrainerOptions& options) { return std::make_unique<cpu::Gpt2>(config, options); }
+
+#ifndef GPT2_NO_MAIN
 
 // --------------------------------------------------------------------------------------------------------------------------------------------------
 // 3. main

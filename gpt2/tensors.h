@@ -109,6 +109,7 @@ struct Tensors {
 struct Arena {
     std::vector<void*> blocks;
     size_t bytes = 0;
+    bool plan_only = false;  // count the bytes, allocate nothing
 
     Arena() = default;
     Arena(const Arena&) = delete;
@@ -131,6 +132,10 @@ struct Arena {
     }
     void allocate(Tensors& t, size_t element) {
         t.data.clear();
+        if (plan_only) {
+            for (const TensorSpec& s : t.specs) bytes += padded(s.size() * element);
+            return;
+        }
 #ifdef ARENA_DEBUG
         for (const TensorSpec& s : t.specs) {
             void* p = nullptr;  // exactly as long as the tensor: the sanitizer guards its end
