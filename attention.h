@@ -220,11 +220,11 @@ inline real softmax_row(real* s, int n, int lo, int hi, real scale, real* m, rea
     for (int j = 0; j < lo; j++) s[j] = 0;
 #pragma omp simd reduction(+ : sum)
     for (int j = lo; j < hi; j++) {
-        s[j] = std::exp(s[j] * scale - now);
+        s[j] = vexp(s[j] * scale - now);
         sum += s[j];
     }
     for (int j = hi; j < n; j++) s[j] = 0;
-    real rescale = before == MINUS_INFINITY ? 0 : std::exp(before - now);
+    real rescale = before == MINUS_INFINITY ? 0 : vexp(before - now);
     *l = *l * rescale + sum;
     *m = now;
     return rescale;
@@ -358,7 +358,7 @@ inline void softmax_backward(const SoftmaxAttention& a, const SoftmaxGradients& 
                                 if (a.dropout.p > 0) {
                                     dropout_row(a, s, h, i0 + i, j0, n, z.data());
                                     for (int j = lo; j < hi; j++) {
-                                        real probability = std::exp(a.scale * p[j] - lse);
+                                        real probability = vexp(a.scale * p[j] - lse);
                                         ds[j] = a.scale * probability * (ds[j] * z[j] - d);
                                         p[j] = probability * z[j];
                                     }
@@ -366,7 +366,7 @@ inline void softmax_backward(const SoftmaxAttention& a, const SoftmaxGradients& 
                                 }
 #pragma omp simd
                                 for (int j = lo; j < hi; j++) {
-                                    p[j] = std::exp(a.scale * p[j] - lse);
+                                    p[j] = vexp(a.scale * p[j] - lse);
                                     ds[j] = a.scale * p[j] * (ds[j] - d);
                                 }
                             }

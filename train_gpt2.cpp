@@ -101,7 +101,7 @@ inline void layernorm_backward(real* dx, real* dw, real* db, const real* dy, con
 inline real gelu_sigmoid(real x) {
     real u = (real)1.5957691216057308 * (x + (real)0.044715 * x * x * x);  // 2u
     u = std::max((real)-80, std::min((real)80, u));
-    return 1 / (1 + std::exp(-u));
+    return 1 / (1 + vexp(-u));
 }
 inline void gelu_forward(real* y, const real* x, int64_t n) {
 #pragma omp parallel for simd
@@ -123,7 +123,7 @@ inline double classifier_row(real* logits, int V, int target, real scale) {
     for (int v = 1; v < V; v++) highest = std::max(highest, logits[v]);
 #pragma omp simd reduction(+ : sum)
     for (int v = 0; v < V; v++) {
-        logits[v] = std::exp(logits[v] - highest);
+        logits[v] = vexp(logits[v] - highest);
         sum += logits[v];
     }
     real factor = target >= 0 ? scale / sum : 0;
