@@ -15,6 +15,7 @@
 #include <string>
 
 #include "error.h"
+#include "files.h"
 
 // One optimiser step.
 struct StepRecord {
@@ -55,8 +56,6 @@ class Log {
     int fd = -1;
     std::string path;
 
-    [[noreturn]] void fail(const char* what) { data_error("cannot %s '%s': %s", what, path.c_str(), strerror(errno)); }
-
    public:
     Log() = default;
     Log(const Log&) = delete;
@@ -69,21 +68,21 @@ class Log {
     void open(const std::string& file, int64_t last_step) {
         path = file;
         fd = ::open(path.c_str(), O_WRONLY | O_CREAT | O_CLOEXEC, 0666);
-        if (fd < 0) fail("open");
+        if (fd < 0) file_error("open", path, errno);
         int64_t bytes = log_bytes_up_to(path, last_step);
-        if (ftruncate(fd, bytes) != 0 || lseek(fd, bytes, SEEK_SET) < 0) fail("shorten");
+        if (ftruncate(fd, bytes) != 0 || lseek(fd, bytes, SEEK_SET) < 0) file_error("shorten", path, errno);
     }
     void step(const StepRecord& r) {
         if (fd < 0) return;
         std::string line = log_line(r) + "\n";
         for (size_t done = 0; done < line.size();) {
             ssize_t n = write(fd, line.data() + done, line.size() - done);
-            if (n < 0 && errno != EINTR) fail("write to");
+            if (n < 0 && errno != EINTR) file_error("write", path, errno);
             if (n > 0) done += n;
         }
     }
     void sync() {
-        if (fd >= 0 && fsync(fd) != 0) fail("write to");
+        if (fd >= 0 && fsync(fd) != 0) file_error("write", path, errno);
     }
 };
 
@@ -103,6 +102,11 @@ class Progress {
     double seconds = 0;  // of all steps since the start
 
    public:
+    Progress() = default;
+    Progress(const Progress&) = delete;
+    Progress& operator=(const Progress&) = delete;
+    ~Progress() { end_line(); }  // an error message must not stand on the live line
+
     void start(int64_t from_step, int64_t to_step) {
         first_step = from_step;
         steps = to_step;

@@ -79,8 +79,6 @@ inline void check_attention(const Options& typed, const Options& stored, const O
 
 // The options of a resumed run: those of its config.json, and over them what was typed, if the losses do not depend on it.
 inline Options resumed_options(const Options& typed) {
-    if (!exists(typed.out + "/config.json") || !holds_run(typed.out))
-        data_error("there is no run in '%s' to resume: leave out --resume to start one", typed.out.c_str());
     Options stored = read_run_options(typed.out), merged = stored;
     merged.command = typed.command;
     merged.given = typed.given;
@@ -112,11 +110,6 @@ inline void open_data(TrainingRun& run) {
         Dataset all = run.train_data;
         split_dataset(all, run.train_data, run.val_data);
     }
-    if (run.val_data.num_tokens < 2 && o.val_every)
-        data_error("%s is too short to validate on: give more data, --val-data, or --val-every 0", run.val_data.name.c_str());
-    std::string questions = questions_path(o.val_data.empty() ? o.data : o.val_data);
-    if (run.tokenizer.text && o.val_every && exists(questions)) run.questions = read_questions(questions, run.tokenizer);
-
     LoaderOptions l;
     l.B = (int)o.batch;
     l.T = (int)o.seq;
@@ -127,6 +120,11 @@ inline void open_data(TrainingRun& run) {
     l.end_of_text = run.tokenizer.end_of_text;
     l.vocab_size = run.tokenizer.vocab_size;
     run.loader = std::make_unique<DataLoader>(run.train_data, l);
+
+    if (run.val_data.num_tokens < 2 && o.val_every)
+        data_error("%s is too short to validate on: give more data, --val-data, or --val-every 0", run.val_data.name.c_str());
+    std::string questions = questions_path(o.val_data.empty() ? o.data : o.val_data);
+    if (run.tokenizer.text && o.val_every && exists(questions)) run.questions = read_questions(questions, run.tokenizer);
 }
 
 inline void check_carry_memory(const Options& o, const ModelConfig& model) {
@@ -167,6 +165,11 @@ inline void load_state(TrainingRun& run) {
     run.saved_step = state.step;
 }
 
+inline void refuse_to_replace(const Options& o) {
+    if (!o.out.empty() && !o.resume && holds_run(o.out) && !o.overwrite)
+        usage_error("'%s' holds a run: continue it with --resume, replace it with --overwrite, or choose another --out", o.out.c_str());
+}
+
 // From here on the directory changes: everything else is ready.
 inline void prepare_directory(TrainingRun& run) {
     const Options& o = run.o;
@@ -174,7 +177,8 @@ inline void prepare_directory(TrainingRun& run) {
         printf("without --out DIR nothing of this run is kept\n");
         return;
     }
-    run.directory.claim(o.out);
+    if (!o.resume) run.directory.claim(o.out);
+    refuse_to_replace(o);  // again: another process may have started one there
     if (o.overwrite && holds_run(o.out)) run.directory.clear();
     write_run_config(o.out, o, run.trainer->config);
     run.log.open(o.out + "/log.jsonl", run.state.step);
@@ -221,7 +225,7 @@ inline StepRecord train_step(TrainingRun& run) {
     record.lr = learning_rate({o.schedule, o.lr, o.min_lr, o.warmup, o.steps}, record.step);
     record.grad_norm = run.trainer->update({record.lr, o.beta1, o.beta2, o.eps, o.weight_decay, o.grad_clip, record.step});
     if (!std::isfinite(record.loss) || !std::isfinite(record.grad_norm))
-        throw Error(EXIT_DIVERGED, format("the run diverged at step %lld: loss %g, gradient norm %g; lower --lr or raise --warmup%s", (long long)record.step, record.loss, record.grad_norm,
+        throw Error(EXIT_DIVERGED, format("the run diverged at step %lld: loss %g, gradient norm %g; lower --lr or raise --warmup%s", (long long)record.step, std::fabs(record.loss), record.grad_norm,
                                           run.saved_step < 0 ? "" : format(" (step %lld is the last checkpoint)", (long long)run.saved_step).c_str()));
     state.step = record.step;
     state.tokens += o.total_batch;
@@ -296,10 +300,14 @@ inline int train(const Options& typed) {
     Options& o = run.o;
     if (typed.resume && typed.overwrite) usage_error("--resume and --overwrite exclude each other: give one of them");
     if ((typed.resume || typed.overwrite) && typed.out.empty()) usage_error("--%s needs --out DIR, the directory of the run", typed.resume ? "resume" : "overwrite");
+    if (typed.resume) {
+        if (!exists(typed.out + "/config.json") || !holds_run(typed.out))
+            data_error("there is no run in '%s' to resume: leave out --resume to start one", typed.out.c_str());
+        run.directory.claim(typed.out);  // before a checkpoint is chosen: nobody may be writing one
+    }
     o = typed.resume ? resumed_options(typed) : typed;
     if (!o.resume) resolve_options(o);
-    if (!o.out.empty() && !o.resume && holds_run(o.out) && !o.overwrite)
-        usage_error("'%s' holds a run: continue it with --resume, replace it with --overwrite, or choose another --out", o.out.c_str());
+    refuse_to_replace(o);
     model_config(o, 1);  // what was typed wrong comes before what is wrong with the files
     open_data(run);
     ModelConfig model = model_config(o, run.tokenizer.vocab_size);

@@ -9,6 +9,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
+#include <cstring>
 #include <map>
 #include <nlohmann/json.hpp>
 #include <string>
@@ -107,7 +108,7 @@ inline const std::vector<OptionSpec>& option_specs() {
         {"doc-mask", TRAIN, RUN, &O::doc_mask, 0, 0, "no attention across documents"},
         {"lr", TRAIN, RUN, &O::lr, 0, 1000, "learning rate", "by preset"},
         {"min-lr", TRAIN, RUN, &O::min_lr, 0, 1000, "learning rate at the end", "a tenth of --lr"},
-        {"warmup", TRAIN, RUN, &O::warmup, 0, MANY, "steps until the full learning rate", "by preset"},
+        {"warmup", TRAIN, RUN, &O::warmup, 0, MANY, "steps until the full learning rate", "by preset, at most a tenth of --steps"},
         {"schedule", TRAIN, RUN, &O::schedule, 0, 0, "course of the learning rate", nullptr, {schedule_names[0], schedule_names[1], schedule_names[2], schedule_names[3]}},
         {"weight-decay", TRAIN, RUN, &O::weight_decay, 0, 100, "AdamW's, on matrices only"},
         {"grad-clip", TRAIN, RUN, &O::grad_clip, 0, 1e9, "largest global norm of the gradient; 0: off"},
@@ -202,7 +203,7 @@ inline void resolve_options(Options& o) {
     settle(o.seq, o.max_seq);
     settle(o.batch, d.batch);
     settle(o.steps, d.steps);
-    settle(o.warmup, d.warmup);
+    settle(o.warmup, std::min(d.warmup, o.steps / 10));
     settle(o.lr, d.lr);
     settle(o.min_lr, o.lr / 10);
     int64_t one = o.batch * o.seq;
@@ -251,8 +252,8 @@ inline std::map<std::string, AttentionFlag> attention_flags() {
 
 inline std::string initial_text(const OptionSpec& s) {
     Options fresh;
-    if (!s.initial || std::string(s.initial) != "by preset") return s.initial ? s.initial : option_text(fresh, s);
-    std::string text;
+    std::string note = s.initial ? s.initial : option_text(fresh, s), text;
+    if (note.rfind("by preset", 0) != 0) return note;
     for (const PresetDefaults& d : preset_defaults) {
         Options o;
         for (const Preset& p : presets)
@@ -260,7 +261,7 @@ inline std::string initial_text(const OptionSpec& s) {
         resolve_options(o);
         text += (text.empty() ? "" : ", ") + option_text(o, s) + " for " + d.preset;
     }
-    return text;
+    return text + note.substr(strlen("by preset"));
 }
 
 inline void declare_options(CLI::App& app, Command command, std::map<std::string, std::string>& texts, std::map<std::string, bool>& flags) {

@@ -6,6 +6,7 @@
 #include <exception>
 #include <new>
 #include <string>
+#include <unistd.h>
 #ifdef _OPENMP
 #include <omp.h>
 #endif
@@ -91,7 +92,7 @@ inline int generate_text(const Options& o) {
         written = written && fwrite(text.data(), 1, text.size(), stdout) == text.size() && fflush(stdout) == 0;
         if (!written) data_error("cannot write to standard output: %s", strerror(errno));
     });
-    fprintf(stderr, "\n");
+    if (isatty(STDOUT_FILENO)) fprintf(stderr, "\n");
     if (stop == Stop::POSITIONS) fprintf(stderr, "stopped: all of the model's %d positions are used up\n", m.trainer->config.max_seq);
     if (stop == Stop::END_OF_TEXT) fprintf(stderr, "stopped: the model ended its text\n");
     return 0;

@@ -1,0 +1,298 @@
+#!/bin/bash
+# The program from outside: every error with its exit status and its one line, runs resumed bit for bit, nothing lost or overwritten, help that tells
+# the truth, text that is text. Usage: dev/test/program_tests.sh [PROGRAM]   (default ./train_gpt2)
+set -u
+program=$(realpath "${1:-./train_gpt2}")
+work=$(mktemp -d)
+mounted=
+trap '[ -n "$mounted" ] && umount "$mounted"; rm -rf "$work"' EXIT
+cd "$work" || exit 1
+passed=0 failed=0
+
+ok() { passed=$((passed + 1)); }
+bad() { failed=$((failed + 1)); echo "FAIL $1"; shift; for line in "$@"; do echo "     $line"; done; }
+# expect NAME COMMAND...: the command succeeds
+expect() {
+    local name=$1; shift
+    if "$@"; then ok; else bad "$name" "$*"; fi
+}
+# error NAME STATUS PATTERN ARGUMENTS...: the program ends with that status and one line on standard error which matches the pattern
+error() {
+    local name=$1 status=$2 pattern=$3 got; shift 3
+    "$program" "$@" >out.txt 2>err.txt </dev/null; got=$?
+    if [ $got -eq "$status" ] && [ "$(grep -vc '^[^ ]*: step [0-9]*, [0-9]* parameters$' err.txt)" -eq 1 ] && grep -Eq -- "^error: .*$pattern" err.txt; then ok
+    else bad "$name" "status $got, expected $status; pattern '$pattern'; standard error: $(cat err.txt)" "$*"; fi
+}
+# good NAME ARGUMENTS...: the program ends with 0
+good() {
+    local name=$1; shift
+    if "$program" "$@" >out.txt 2>err.txt </dev/null; then ok; else bad "$name" "status $?: $(cat err.txt)" "$*"; fi
+}
+losses() { sed -E 's/, "ms".*//' "$1"; }
+same_losses() { [ -s "$1/log.jsonl" ] && [ "$(losses "$1/log.jsonl")" = "$(losses "$2/log.jsonl")" ]; }
+listing() { find "$1" -type f -exec cksum {} + | sort; }
+
+# A text of about 40 KB in short documents, and shards.
+awk 'BEGIN { srand(7); split("the a red key box cat dog is in on under has lost found", w, " ");
+    for (d = 0; d < 120; d++) { if (d) printf "<|endoftext|>\n"; for (i = 0; i < 80; i++) printf "%s%s", w[1 + int(rand() * 13)], (i % 8 == 7) ? ".\n" : " " } }' >text.txt
+head -c 9000 text.txt >val.txt
+int32() { local v; for v in "$@"; do printf '%b' "$(printf '\\x%02x' $((v & 255)) $((v >> 8 & 255)) $((v >> 16 & 255)) $((v >> 24 & 255)))"; done; }
+shard() { # FILE TOKENS CLAIMED LARGEST
+    { int32 20240520 1 "$3"; head -c 1012 /dev/zero
+      printf '%b' "$(awk -v n="$2" -v m="$4" 'BEGIN { for (i = 0; i < n; i++) { v = i == n - 1 ? m : (i * 7919) % m; printf "\\x%02x\\x%02x", v % 256, int(v / 256) } }')"; } >"$1"
+}
+shard tokens.bin 600 600 50256
+shard large.bin 600 600 60000
+shard short.bin 600 700 50256
+shard empty.bin 0 0 1
+
+small=(--layers 2 --heads 2 --channels 16 --max-seq 32 --batch 4 --val-batches 2 --sample-every 0 --threads 1)
+run=(train --data text.txt "${small[@]}")
+
+# --- what is typed wrong: 2 -----------------------------------------------------------------------------------------------------------------------------
+error "no command" 2 "train, eval, generate or info"
+error "unknown command" 2 "'fly'" fly
+error "unknown option" 2 "'--fly'.*--help" train --fly
+error "unknown option with a value" 2 "'--fly'" train --fly 3
+error "stray argument" 2 "'text.txt'" train text.txt
+error "option of another command" 2 "'--top-k'" train --top-k 3
+error "missing value" 2 "--steps" train --steps
+error "no data" 2 "--data" train
+error "unknown attention" 2 "'magic'.*causal" "${run[@]}" --attention magic
+error "unknown option of an attention" 2 "'wings'.*kv-heads" "${run[@]}" --attention causal:wings=3
+error "repeats beyond the depth" 2 "'causal\*9'" "${run[@]}" --attention "causal*9"
+error "list longer than the depth" 2 "3 layers" "${run[@]}" --attention causal,causal,causal
+error "kv-heads that do not divide the heads" 2 "kv-heads" "${run[@]}" --kv-heads 3
+error "heads that do not divide the channels" 2 "3 heads.*16 channels" "${run[@]}" --heads 3
+error "seq beyond the positions" 2 "--seq 33.*--max-seq" "${run[@]}" --seq 33
+error "total-batch no multiple" 2 "--total-batch 100.*128" "${run[@]}" --total-batch 100
+error "min-lr above lr" 2 "--min-lr" "${run[@]}" --lr 0.1 --min-lr 0.2
+error "carry-memory without a memory" 2 "--carry-memory.*'causal'" "${run[@]}" --carry-memory
+error "resume and overwrite" 2 "exclude each other" "${run[@]}" --out r --resume --overwrite
+error "resume without out" 2 "--out" "${run[@]}" --resume
+error "overwrite without out" 2 "--out" "${run[@]}" --overwrite
+error "eval without checkpoint" 2 "--checkpoint" eval --data text.txt
+error "eval without data" 2 "--data" eval --checkpoint x
+error "generate without checkpoint" 2 "--checkpoint" generate
+for c in preset positions tokenizer schedule; do error "unknown $c" 2 "--$c is 'nonsense': choose one of" train --$c nonsense; done
+for v in -1 0 x 1.5 "" " 3" 99999999999999999999 nan 0x 3x; do error "layers '$v'" 2 "--layers is '$v': give a whole number from 1 to 1000" train --layers "$v"; done
+for v in -1 x nan inf "" 1e999 1,5; do error "lr '$v'" 2 "--lr is '$v': give a number from 0 to 1000" train --lr "$v"; done
+error "dropout 1" 2 "--dropout is '1'" train --dropout 1
+error "beta1 1" 2 "--beta1 is '1'" train --beta1 1
+error "top-p 0" 2 "--top-p is '0'" generate --top-p 0
+error "negative temperature" 2 "--temperature is '-1'" generate --temperature -1
+error "window that is no number" 2 "window of causal is 'x'" "${run[@]}" --window x
+
+# --- what is wrong with files: 3 ------------------------------------------------------------------------------------------------------------------------
+error "data that is not there" 3 "'gone.txt'" train --data gone.txt
+error "data that is a directory" 3 "'/tmp'" train --data /tmp
+: >nothing.txt
+error "empty text" 3 "'nothing.txt' is empty" train --data nothing.txt
+printf 'too short' >short.txt
+error "corpus shorter than a batch" 3 "too few for one batch" train --data short.txt "${small[@]}"
+error "empty shard" 3 "'empty.bin'.*empty" train --data empty.bin "${small[@]}"
+error "truncated shard" 3 "'short.bin'.*cut short" train --data short.bin "${small[@]}"
+error "token outside the vocabulary" 3 "60000.*outside the vocabulary" train --data large.bin --val-data large.bin "${small[@]}" --channels 2 --layers 1 --steps 9
+error "ids for a text" 3 "tokenizer" "${run[@]}" --tokenizer ids
+error "bytes for a shard" 3 "outside the vocabulary of 257" train --data tokens.bin "${small[@]}" --tokenizer bytes --steps 1
+error "resume without a run" 3 "no run in 'r'.*--resume" "${run[@]}" --out r --resume
+error "checkpoint that is not there" 3 "'gone'" eval --checkpoint gone --data text.txt
+expect "errors made no directory" [ ! -e r ]
+error "out within a file" 3 "text.txt" "${run[@]}" --steps 1 --out text.txt/run
+error "out that is a file" 3 "text.txt" "${run[@]}" --steps 1 --out text.txt
+if [ -d /proc/self ]; then error "unwritable directory" 3 "'/proc/run'" "${run[@]}" --steps 1 --out /proc/run; fi
+
+# --- runs -------------------------------------------------------------------------------------------------------------------------------------------------
+steps=(--steps 8 --save-every 4 --val-every 3)
+good "a run" "${run[@]}" "${steps[@]}" --out a
+expect "its checkpoints" [ "$(ls a)" = "$(printf 'config.json\nlog.jsonl\nstep_00000004\nstep_00000008')" ]
+expect "a log line a step" [ "$(wc -l <a/log.jsonl)" -eq 8 ]
+expect "validation where it is due" [ "$(grep -c val_loss a/log.jsonl)" -eq 3 ]
+expect "the bigram model" grep -q "bigram" out.txt
+listing a >before.txt
+error "a run is not overwritten" 2 "'a' holds a run.*--resume.*--overwrite" "${run[@]}" "${steps[@]}" --out a
+expect "nothing changed" [ "$(listing a)" = "$(cat before.txt)" ]
+good "the same command" "${run[@]}" "${steps[@]}" --out b
+expect "gives the same losses" same_losses a b
+expect "and the same model" cmp -s a/step_00000008/model.safetensors b/step_00000008/model.safetensors
+good "another seed" "${run[@]}" "${steps[@]}" --out c --seed 2
+expect "gives others" eval '! same_losses a c'
+
+# The last value wins, and --steps 0 writes the initial checkpoint.
+good "repeated options" "${run[@]}" --steps 5 --steps 0 --out zero --out zero2 --save-every 0 --save-every 1
+expect "the last value wins" [ -e zero2/step_00000000/state.json -a ! -e zero ]
+good "save-every 0" "${run[@]}" --steps 2 --save-every 0 --out unsaved
+expect "saves nothing" [ "$(ls unsaved)" = "$(printf 'config.json\nlog.jsonl')" ]
+error "resume without a checkpoint" 3 "no complete checkpoint" "${run[@]}" --out unsaved --resume
+
+# Overwriting replaces the run and nothing else, and only when the new run is ready.
+cp -r a o; echo precious >o/notes.txt; echo precious >o/step_00000004/notes.txt
+listing o >before.txt
+error "overwrite with a mistake" 3 "gone.txt" "${run[@]}" --data gone.txt --out o --overwrite
+expect "keeps the run" [ "$(listing o)" = "$(cat before.txt)" ]
+good "overwrite" "${run[@]}" --steps 1 --out o --overwrite
+expect "keeps foreign files" [ "$(cat o/notes.txt o/step_00000004/notes.txt)" = "$(printf 'precious\nprecious')" ]
+expect "replaces the run" [ "$(wc -l <o/log.jsonl)" -eq 1 -a ! -e o/step_00000008 -a -e o/step_00000001/state.json ]
+mkdir foreign; echo '{}' >foreign/config.json
+error "foreign config.json" 3 "another --out" "${run[@]}" --out foreign --overwrite
+rm foreign/config.json; echo keep >foreign/log.jsonl
+error "foreign log.jsonl" 3 "config.json" "${run[@]}" --out foreign --overwrite
+expect "is kept" [ "$(cat foreign/log.jsonl)" = keep ]
+
+# resumed NAME OPTIONS...: a run cut off behind step 4 goes on to the same losses. The log keeps lines of later steps, as when a run is killed.
+resumed() {
+    local name=$1; shift
+    rm -rf whole cut
+    good "$name: whole" "${run[@]}" "${steps[@]}" "$@" --out whole
+    cp -r whole cut; rm -r cut/step_00000008; mkdir cut/step_00000008.tmp; echo half >cut/step_00000008.tmp/model.safetensors.tmp
+    head -n 6 whole/log.jsonl >cut/log.jsonl; printf '{"step": 7, "lo' >>cut/log.jsonl
+    good "$name: resume" train --out cut --resume
+    expect "$name: the same losses" same_losses whole cut
+    expect "$name: the same model" cmp -s whole/step_00000008/model.safetensors cut/step_00000008/model.safetensors
+    expect "$name: the same optimizer" cmp -s whole/step_00000008/optimizer.safetensors cut/step_00000008/optimizer.safetensors
+    expect "$name: the same state" cmp -s whole/step_00000008/state.json cut/step_00000008/state.json
+    expect "$name: nothing half" [ ! -e cut/step_00000008.tmp ]
+}
+resumed "resume"
+resumed "resume with accumulation and dropout" --total-batch 384 --dropout 0.2
+resumed "resume with documents apart" --doc-mask --schedule wsd --grad-clip 0.1
+resumed "resume with two threads" --threads 2
+if "$program" train --help | grep -q "^ *--segment"; then
+    resumed "resume with carried memory" --attention infini --segment 8 --carry-memory
+    resumed "resume with carried memory, accumulation and dropout" --attention infini:segment=8,causal --carry-memory --total-batch 256 --dropout 0.1
+    # 40 KB in 4 lanes of 32 tokens a step are 280 steps: with one lane's end inside, memories start again
+    cp val.txt tiny_lanes.txt
+    resumed "resume behind the end of the lanes" --data tiny_lanes.txt --val-data val.txt --attention infini --segment 8 --carry-memory --batch 64
+else
+    echo "SKIPPED carried memory: this program has no attention with a memory"
+fi
+good "nothing left to do" train --out whole --resume
+good "more steps" train --out whole --resume --steps 10 --schedule "$(sed -n 's/.*"schedule": "\(.*\)".*/\1/p' whole/config.json)"
+expect "ten lines" [ "$(wc -l <whole/log.jsonl)" -eq 10 ]
+good "the same options again" "${run[@]}" --out a --resume --attention causal --lr 2e-3
+for contradiction in "--layers 3" "--lr 0.5" "--batch 8" "--seed 3" "--dropout 0.5" "--attention causal:window=4" "--window 4" "--preset gpt2-124M" "--positions rope" "--total-batch 256" "--doc-mask"; do
+    # shellcheck disable=SC2086
+    error "resume with $contradiction" 2 "${contradiction/:*/}.*'a'" train --out a --resume $contradiction
+done
+error "resume with other data" 3 "tokens" train --out a --resume --data val.txt --val-data val.txt
+error "steps behind the checkpoint" 2 "--steps 3" train --out a --resume --steps 3
+
+# Killed at any moment, there is always a whole checkpoint, and the run goes on.
+"$program" "${run[@]}" --steps 100000 --save-every 1 --val-every 0 --out killed >/dev/null 2>&1 &
+for i in $(seq 100); do [ -e killed/step_00000003 ] && break; sleep 0.05; done
+kill -9 $!; wait $! 2>/dev/null
+good "resume behind a kill" train --out killed --resume --steps $(($(wc -l <killed/log.jsonl) + 5)) --save-every 2
+good "the checkpoint is whole" eval --checkpoint killed --data val.txt
+"$program" "${run[@]}" --steps 100000 --save-every 100000 --val-every 0 --out stopped >stopped.txt 2>&1 &
+for i in $(seq 100); do [ -s stopped/log.jsonl ] && break; sleep 0.05; done
+error "two runs in one directory" 3 "another run" "${run[@]}" --out stopped --resume
+kill -TERM $!; wait $!; status=$?
+expect "SIGTERM ends the run with 0" [ $status -eq 0 ]
+expect "a line how to go on" grep -q -- "--out stopped --resume" stopped.txt
+last=$(wc -l <stopped/log.jsonl)
+expect "a checkpoint of the last step" [ -e "stopped/step_$(printf %08d "$last")/state.json" ]
+
+cp -r a diverge
+error "a run that diverges" 1 "diverged at step" "${run[@]}" --steps 50 --lr 1000 --schedule constant --warmup 0 --grad-clip 0 --positions none --out diverging --save-every 1
+expect "keeps its checkpoints" [ -n "$(ls -d diverging/step_* 2>/dev/null)" ]
+
+# --- no space -----------------------------------------------------------------------------------------------------------------------------------------------
+mkdir full
+if mount -t tmpfs -o size=400k none full 2>/dev/null; then
+    mounted=$work/full
+    error "disk full" 3 "No space left.*make room" "${run[@]}" --steps 100 --save-every 1 --val-every 0 --out full/run
+    expect "no half checkpoint" [ -z "$(find full/run -name '*.tmp')" ]
+    newest=$(ls -d full/run/step_* | tail -n 1)
+    good "the newest checkpoint is whole" eval --checkpoint "$newest" --data val.txt
+    umount full; mounted=
+else
+    echo "SKIPPED disk full on a file system of its own: it cannot be mounted here"
+fi
+(ulimit -f 20; exec "$program" "${run[@]}" --steps 2 --out limited) >out.txt 2>err.txt
+expect "file size limit: status 3" [ $? -eq 3 ]
+expect "file size limit: one line" [ "$(wc -l <err.txt)" -eq 1 ]
+expect "file size limit: no half checkpoint" [ -z "$(find limited -name 'step_*')" ]
+"$program" info >/dev/full 2>err.txt
+expect "full standard output" [ $? -eq 3 ]
+
+# --- damaged checkpoints -------------------------------------------------------------------------------------------------------------------------------------
+for file in model.safetensors optimizer.safetensors state.json; do
+    size=$(stat -c %s a/step_00000008/$file)
+    for bytes in 0 1 7 8 100 $((size / 2)) $((size - 3)); do
+        rm -rf damaged; cp -r a damaged; truncate -s "$bytes" damaged/step_00000008/$file
+        error "$file cut to $bytes bytes" 3 "$file'" train --out damaged --resume --steps 9
+    done
+done
+rm -rf damaged; cp -r a damaged; good "another shape" "${run[@]}" --layers 1 --steps 1 --out one
+cp one/step_00000001/model.safetensors damaged/step_00000008/
+error "a checkpoint of another model" 3 "model.safetensors'.*of another model" eval --checkpoint damaged --data val.txt
+rm -rf damaged; cp -r a damaged; rm damaged/step_00000008/state.json
+good "an incomplete newest step" eval --checkpoint damaged --data val.txt
+expect "the one before it is taken" grep -q "step_00000004" err.txt
+rm -rf damaged; cp -r a damaged; sed -i 's/"layers": 2/"layers": 7/' damaged/step_00000008/state.json
+error "state.json of another model" 3 "state.json|safetensors" eval --checkpoint damaged --data val.txt
+rm -rf damaged; cp -r a damaged; echo '{"program": "attn.cpp", "options": {"layers": "many"}}' >damaged/config.json
+error "damaged config.json" 3 "config.json" train --out damaged --resume
+rm -rf damaged; cp -r a damaged; mv damaged/step_00000008 elsewhere
+good "a step's directory alone" eval --checkpoint elsewhere --data val.txt
+
+# --- evaluation, recall, generation ---------------------------------------------------------------------------------------------------------------------------
+good "eval" eval --checkpoint a --data val.txt
+expect "loss, perplexity, bits" grep -Eq "^loss [0-9.]+ \| perplexity [0-9.]+ \| bits per byte [0-9.]+" out.txt
+error "recall without questions" 3 "val.questions.jsonl" eval --checkpoint a --data val.txt --recall
+awk 'BEGIN { for (i = 0; i < 40; i++) printf "{\"prompt\": \"the key is in the\", \"answer\": \" box\", \"distance\": %d, \"guess\": 0.25}\n", 16 + i * 3;
+    s = sprintf("%200s", ""); printf "{\"prompt\": \"%s\", \"answer\": \" box\", \"distance\": 200, \"guess\": 0.25}\n", s }' >val.questions.jsonl
+good "recall" eval --checkpoint a --data val.txt --recall
+expect "a table by distance" grep -Eq "^ +16-31 +6 +[0-9.]+% +25.0%" out.txt
+expect "too long ones are named" grep -q "^1 questions are longer" out.txt
+good "recall alone" eval --checkpoint a --data val.questions.jsonl --recall
+expect "no loss then" eval '! grep -q "^loss" out.txt'
+good "recall in training" "${run[@]}" --val-data val.txt "${steps[@]}" --out asked
+expect "is in the log" [ "$(grep -c '"recall"' asked/log.jsonl)" -eq 3 ]
+echo '{"prompt": "x"}' >bad.questions.jsonl
+error "bad question" 3 "line 1 of 'bad.questions.jsonl'" eval --checkpoint a --data bad.questions.jsonl --recall
+
+generate() { "$program" generate --checkpoint a --prompt "the key" --tokens 24 "$@" 2>err.txt; }
+generate --seed 1 >g1.txt; generate --seed 1 >g2.txt; generate --seed 2 >g3.txt
+expect "the same seed, the same text" cmp -s g1.txt g2.txt
+expect "another seed, another text" eval '! cmp -s g1.txt g3.txt'
+generate --temperature 0 --seed 1 >g4.txt; generate --temperature 0 --seed 2 >g5.txt; generate --top-k 1 >g6.txt; generate --top-p 0.0000001 >g7.txt
+expect "greedy needs no seed" cmp -s g4.txt g5.txt
+expect "top-k 1 is greedy" cmp -s g4.txt g6.txt
+expect "a tiny top-p is greedy" cmp -s g4.txt g7.txt
+for seed in 1 2 3 4 5 6; do generate --temperature 50 --tokens 20 --seed $seed >g.txt; expect "valid UTF-8" iconv -f utf8 -t utf8 g.txt -o /dev/null; done
+good "tokens 0" generate --checkpoint a --tokens 0
+expect "writes nothing" [ ! -s out.txt ]
+good "all positions" generate --checkpoint a --tokens 500 --temperature 50 --prompt "the key is in" --seed 5
+expect "says why it stopped" grep -Eq "32 positions are used up|ended its text" err.txt
+error "a prompt beyond the positions" 2 "positions: shorten --prompt" generate --checkpoint a --prompt "the key is in the box and the cat is under the dog"
+good "rotary positions go on" "${run[@]}" --positions rope --steps 1 --out rope
+good "rotary positions go on" generate --checkpoint rope --tokens 100 --temperature 0
+expect "for a hundred tokens" [ "$(wc -c <out.txt)" -ge 100 -o -n "$(grep ended err.txt)" ]
+good "a shard" train --data tokens.bin "${small[@]}" --channels 4 --layers 1 --steps 1 --batch 2 --out ids
+good "ids are written as numbers" generate --checkpoint ids --prompt "5 6 7" --tokens 4
+expect "ids" grep -Eq "^([0-9]+ )+$" out.txt
+error "ids are read as numbers" 2 "'hello'" generate --checkpoint ids --prompt hello
+error "eval with the other tokenizer" 3 "tokenizer" eval --checkpoint ids --data val.txt
+
+# --- help and info --------------------------------------------------------------------------------------------------------------------------------------------
+options() { "$program" "$1" --help | grep -oE "^ +(-h,)?--[a-z0-9-]+" | grep -oE -- "--[a-z0-9-]+" | sort; }
+train_options="preset attention layers heads channels kv-heads window positions dropout data val-data steps batch seq total-batch lr min-lr warmup schedule weight-decay grad-clip
+    val-every val-batches sample-every save-every out resume overwrite seed threads max-seq tokenizer carry-memory doc-mask beta1 beta2 eps"
+for option in $train_options; do expect "train --help names --$option" eval "options train | grep -qx -- --$option"; done
+for command in train eval generate info; do
+    good "$command --help" $command --help
+    for option in $(options $command); do
+        "$program" $command $option --zzz >/dev/null 2>err.txt   # a flag makes --zzz the culprit, an option swallows it; neither is unknown itself
+        expect "$command knows $option of its help" eval "! grep -q \"unknown option '$option'\" err.txt"
+    done
+done
+expect "eval --help" [ "$(options eval | tr -d '\n')" = "--checkpoint--data--help--recall--threads" ]
+expect "generate --help" [ "$(options generate | tr -d '\n')" = "--checkpoint--help--prompt--seed--temperature--threads--tokens--top-k--top-p" ]
+good "info" info
+expect "the published size" eval '"$program" info --preset gpt2-124M | grep -q "124,475,904"'  # 124,439,808 and 47 rows of padding
+good "info of the largest" info --preset gpt2-1558M
+for option in layers heads channels max-seq kv-heads window positions attention; do expect "info --help names --$option" eval "options info | grep -qx -- --$option"; done
+
+echo "$passed passed, $failed failed"
+[ $failed -eq 0 ]
