@@ -147,9 +147,25 @@ inline void cblas_gemm(CBLAS_TRANSPOSE ta, CBLAS_TRANSPOSE tb, int M, int N, int
 }
 #endif
 
+// Benchmarks put a list here, and find in it the products of a step, to time them alone.
+struct MatmulCall {
+    Transpose ta, tb;
+    int64_t M, N, K;
+    real alpha;
+    const real* A;
+    int64_t lda;
+    const real* B;
+    int64_t ldb;
+    real beta;
+    real* C;
+    int64_t ldc;
+};
+inline std::vector<MatmulCall>* matmul_log = nullptr;
+
 inline void matmul(Transpose ta, Transpose tb, int64_t M, int64_t N, int64_t K, real alpha, const real* A, int64_t lda, const real* B, int64_t ldb, real beta,
                    real* C, int64_t ldc) {
     if (M == 0 || N == 0) return;
+    if (matmul_log) matmul_log->push_back({ta, tb, M, N, K, alpha, A, lda, B, ldb, beta, C, ldc});
 #ifdef NO_CBLAS
     matmul_builtin(ta, tb, M, N, K, alpha, A, lda, B, ldb, beta, C, ldc);
 #else
