@@ -426,8 +426,6 @@ inline void print_baselines(const std::vector<Story>& questions) {
 // ----------------------------------------------------------------------------
 // The program
 
-#ifndef STORIES_NO_MAIN
-
 struct Settings {
     std::string out;
     uint64_t train_bytes = 8000000, val_bytes = 500000, questions = 2000, seed = 1;
@@ -523,6 +521,7 @@ void write_corpus(const Settings& s) {
     print_baselines(questions);
 }
 
+#ifndef STORIES_NO_MAIN  // data/test_stories.cpp has its own
 int main(int argc, char** argv) {
     try {
         Settings settings;
@@ -536,5 +535,4 @@ int main(int argc, char** argv) {
         return EXIT_DATA;
     }
 }
-
 #endif
