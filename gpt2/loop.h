@@ -8,6 +8,9 @@
 #include <memory>
 #include <string>
 #include <vector>
+#ifdef _OPENMP
+#include <omp.h>
+#endif
 
 #include "checkpoint.h"
 #include "dataloader.h"
@@ -56,6 +59,14 @@ inline void catch_stop_signals() {
 
 // ----------------------------------------------------------------------------
 // Getting ready
+
+inline void set_threads(int64_t threads) {
+#ifdef _OPENMP
+    omp_set_num_threads(threads ? (int)threads : omp_get_num_procs());
+#else
+    (void)threads;
+#endif
+}
 
 [[noreturn]] inline void contradiction(const Options& o, const std::string& name, const std::string& typed, const std::string& stored) {
     usage_error("--%s %s contradicts the run in '%s', which has %s: leave it out, or start another run in another --out", name.c_str(), typed.c_str(), o.out.c_str(), stored.c_str());
@@ -307,6 +318,7 @@ inline int train(const Options& typed) {
     }
     o = typed.resume ? resumed_options(typed) : typed;
     if (!o.resume) resolve_options(o);
+    set_threads(o.threads);
     refuse_to_replace(o);
     model_config(o, 1);  // what was typed wrong comes before what is wrong with the files
     open_data(run);

@@ -7,9 +7,6 @@
 #include <new>
 #include <string>
 #include <unistd.h>
-#ifdef _OPENMP
-#include <omp.h>
-#endif
 
 #include "checkpoint.h"
 #include "error.h"
@@ -18,14 +15,6 @@
 #include "info.h"
 #include "loop.h"
 #include "options.h"
-
-inline void set_threads(int64_t threads) {
-#ifdef _OPENMP
-    omp_set_num_threads(threads ? (int)threads : omp_get_num_procs());
-#else
-    (void)threads;
-#endif
-}
 
 // A trained model, ready to be asked.
 struct LoadedModel {
@@ -101,8 +90,8 @@ inline int generate_text(const Options& o) {
 inline int run_command(int argc, char** argv) {
     Options o;
     if (!parse_command_line(argc, argv, o)) return 0;
-    set_threads(o.threads);
     if (o.command == "train") return train(o);
+    set_threads(o.threads);
     if (o.command == "eval") return evaluate(o);
     if (o.command == "generate") return generate_text(o);
     return print_info(o);
