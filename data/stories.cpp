@@ -1,14 +1,15 @@
-// stories: the default corpus. An endless, seeded stream of short English stories in which people put things into places, wander off, and are asked where
-// the things are:
+// stories: the default corpus. An endless, seeded stream of short English stories in which people put things into places, wander off, and
+// are asked where the things are:
 //
 //   Ida hid the rusty key in the old jar. Leo sneezed. Tess left the paper hat in the red barn. Where is the rusty key? In the old jar.
 //
-// Nothing but the story tells the answer, and the story says it `distance` bytes before it asks, so the share of exact answers by distance shows how
-// far a model remembers. Written are DIR/train.txt, DIR/val.txt (every story followed by a line <|endoftext|>) and DIR/val.questions.jsonl, one
-// question a line: {"prompt", "answer", "distance", "guess"}.
+// Nothing but the story tells the answer, and the story says it `distance` bytes before it asks, so the share of exact answers by distance
+// shows how far a model remembers. Written are DIR/train.txt, DIR/val.txt (every story followed by a line <|endoftext|>) and
+// DIR/val.questions.jsonl, one question a line: {"prompt", "answer", "distance", "guess"}.
 //
 // What makes the corpus learnable within minutes by a model of bytes, found by experiment (data/README.md has the figures):
-//   - a question repeats the words of the fact: "the rusty key in the old jar", "the rusty key? In the old jar". What is learnt first is to copy;
+//   - a question repeats the words of the fact: "the rusty key in the old jar", "the rusty key? In the old jar". What is learnt first is to
+//   copy;
 //   - questions are many, and asked again: a story without its fillers is a quiz. Each one teaches;
 //   - part of the stories asks at once: near facts are learnt before far ones;
 //   - few things a story, and a small vocabulary: the answers have to be looked up, not the words.
@@ -60,21 +61,23 @@ constexpr Words<(int)sizeof...(W)> words(W... w) {
 }
 
 // The words of a fact differ in their first letters, the earliest sign of which one is meant.
-constexpr auto people = words("Ann", "Bob", "Cleo", "Dora", "Emil", "Finn", "Greta", "Hugo", "Ida", "Jack", "Kira", "Leo", "Mina", "Nils", "Olga", "Pip",
-                              "Quinn", "Rosa", "Sam", "Tess", "Ugo", "Vera", "Will", "Xena", "Yara", "Zoe");
+constexpr auto people = words("Ann", "Bob", "Cleo", "Dora", "Emil", "Finn", "Greta", "Hugo", "Ida", "Jack", "Kira", "Leo", "Mina", "Nils",
+                              "Olga", "Pip", "Quinn", "Rosa", "Sam", "Tess", "Ugo", "Vera", "Will", "Xena", "Yara", "Zoe");
 constexpr auto hiding = words("put", "hid", "left", "laid", "stowed", "tucked", "forgot", "dropped");
-constexpr auto thing_adjectives = words("silver", "rusty", "wooden", "tiny", "golden", "broken", "heavy", "odd", "lucky", "fancy", "paper", "magic");
+constexpr auto thing_adjectives =
+    words("silver", "rusty", "wooden", "tiny", "golden", "broken", "heavy", "odd", "lucky", "fancy", "paper", "magic");
 constexpr auto thing_nouns = words("key", "spoon", "lamp", "drum", "bell", "coin", "fork", "mug", "ring", "hat", "apple", "vase");
 constexpr auto place_adjectives = words("blue", "red", "old", "tall", "empty", "dark", "green", "pink", "small", "white", "huge", "new");
 constexpr auto place_nouns = words("box", "jar", "cellar", "drawer", "attic", "well", "oven", "tower", "garden", "kiln", "shed", "mill");
 
-constexpr auto doings = words("laughed", "yawned", "sneezed", "sighed", "sang", "danced", "fell asleep", "said nothing", "took a nap", "told a joke",
-                              "lost a shoe", "went home");
+constexpr auto doings = words("laughed", "yawned", "sneezed", "sighed", "sang", "danced", "fell asleep", "said nothing", "took a nap",
+                              "told a joke", "lost a shoe", "went home");
 constexpr auto animals = words("goose", "cat", "goat", "frog", "snail", "horse", "owl", "pig", "hedgehog", "duck");
 constexpr auto seeming = words("looked", "seemed", "felt", "grew");
 constexpr auto moods = words("happy", "proud", "sleepy", "hungry", "bored", "wise", "shy", "offended", "brave", "puzzled");
 constexpr auto foods = words("soup", "cake", "cheese", "toast", "jam", "pudding", "porridge", "pie", "a turnip", "an onion");
-constexpr auto times = words("at noon", "at dawn", "after tea", "all day", "until dark", "for an hour", "in silence", "on Monday", "as usual", "once more");
+constexpr auto times =
+    words("at noon", "at dawn", "after tea", "all day", "until dark", "for an hour", "in silence", "on Monday", "as usual", "once more");
 
 // The chance of naming the right place without having read the story.
 constexpr double guess_rate = 1.0 / (place_adjectives.size * place_nouns.size);
@@ -85,7 +88,7 @@ constexpr double guess_rate = 1.0 / (place_adjectives.size * place_nouns.size);
 struct StoryOptions {
     int min_distance = 16, max_distance = 155;  // bytes between the end of the fact and the question about it
 };
-// The longest fact, question and answer, and what separates them: a story of the default distances fits 256 tokens with its end-of-text token.
+// The longest fact, question and answer. With the default distances a story and its end-of-text token fit 256 tokens.
 constexpr int bytes_beside_distance = 100, bytes_of_question = 50;
 
 struct Thing {
@@ -99,8 +102,8 @@ struct Story {
     size_t prompt_size = 0;  // the text up to and including its question mark
     std::string answer;
     int distance = 0;
-    int places = 0;               // that the prompt names
-    bool last_place = false;      // the answer is the one it names last
+    int places = 0;           // that the prompt names
+    bool last_place = false;  // the answer is the one it names last
     std::string_view prompt() const { return {text.data(), prompt_size}; }
 };
 
@@ -133,7 +136,8 @@ struct StoryTeller {
         cast[0] = people.word[first], cast[1] = people.word[second], cast[2] = people.word[third];
     }
 
-    // Things of one story share no word, nor do the places they are in: either word tells which is meant. Rejection keeps the choice uniform.
+    // Things of one story share no word, nor do the places they are in: either word tells which is meant. Rejection keeps the choice
+    // uniform.
     bool choose_name(Thing& thing) {
         for (int tries = 0; tries < 64; tries++) {
             thing.adjective = random.below(thing_adjectives.size), thing.noun = random.below(thing_nouns.size);
@@ -155,12 +159,15 @@ struct StoryTeller {
         return false;
     }
 
-    void say_place(const Thing& thing) { say({place_adjectives.word[thing.place_adjective], " ", place_nouns.word[thing.place_noun], "."}); }
+    void say_place(const Thing& thing) {
+        say({place_adjectives.word[thing.place_adjective], " ", place_nouns.word[thing.place_noun], "."});
+    }
 
     void say_fact(int i, Word opening) {
         Thing& thing = things[i];
         begin_sentence();
-        say({opening, someone(), " ", hiding.pick(random), " the ", thing_adjectives.word[thing.adjective], " ", thing_nouns.word[thing.noun], " in the "});
+        say({opening, someone(), " ", hiding.pick(random), " the ", thing_adjectives.word[thing.adjective], " ",
+             thing_nouns.word[thing.noun], " in the "});
         say_place(thing);
         thing.told = text().size();
         story.places++;
@@ -191,11 +198,16 @@ struct StoryTeller {
     void wander() {
         begin_sentence();
         int kind = random.below(10);
-        if (kind < 4) say({someone(), " ", doings.pick(random)});
-        else if (kind < 5) say({"It rained ", times.pick(random)});
-        else if (kind < 7) say({"The ", animals.pick(random), " ", seeming.pick(random), " ", moods.pick(random)});
-        else if (kind < 9) say({someone(), " ate ", foods.pick(random), " ", times.pick(random)});
-        else say({someone(), " told the ", animals.pick(random), " about ", foods.pick(random)});
+        if (kind < 4)
+            say({someone(), " ", doings.pick(random)});
+        else if (kind < 5)
+            say({"It rained ", times.pick(random)});
+        else if (kind < 7)
+            say({"The ", animals.pick(random), " ", seeming.pick(random), " ", moods.pick(random)});
+        else if (kind < 9)
+            say({someone(), " ate ", foods.pick(random), " ", times.pick(random)});
+        else
+            say({someone(), " told the ", animals.pick(random), " about ", foods.pick(random)});
         text() += '.';
     }
     // Something other than the target: a question about another thing, a new thing, a move, or nothing in particular.
@@ -207,7 +219,9 @@ struct StoryTeller {
         if (!said) wander();
     }
 
-    int distance() const { return (int)(story.text.size() - things[target].told) + 1; }  // if the question came next; 1 is the space before it
+    int distance() const {
+        return (int)(story.text.size() - things[target].told) + 1;
+    }  // if the question came next; 1 is the space before it
 
     // Digresses until the question is at least `wanted` bytes from the fact. False if it missed low..high.
     bool fill(int low, int wanted, int high) {
@@ -250,7 +264,7 @@ struct StoryTeller {
     }
 };
 
-// A range of distances, drawn uniformly from the powers of two that MIN..MAX touches; a last one that is hardly begun belongs to its neighbour.
+// A range of distances, drawn uniformly from the powers of two that MIN..MAX touches. One that is hardly begun at the end joins the one before.
 struct DistanceRange {
     int low, high;
 };
@@ -261,8 +275,10 @@ inline DistanceRange pick_range(const StoryOptions& options, Random& random) {
         int64_t power = 16;
         while (power <= low) power *= 2;
         int high = (int)std::min<int64_t>(power - 1, options.max_distance);
-        if (n && high - low < low / 8) ranges[n - 1].high = high;
-        else ranges[n++] = {low, high};
+        if (n && high - low < low / 8)
+            ranges[n - 1].high = high;
+        else
+            ranges[n++] = {low, high};
         low = high + 1;
     }
     return ranges[random.below(n)];
@@ -399,16 +415,20 @@ void each_run(std::string_view text, Visit visit) {
 }
 
 inline void print_overlap(const std::string& train, const std::string& val) {
-    double stories = share_in_common(train, val, [](std::string_view text, auto visit) { each_story(text, [&](std::string_view s) { visit(hash_bytes(s)); }); });
+    double stories = share_in_common(
+        train, val, [](std::string_view text, auto visit) { each_story(text, [&](std::string_view s) { visit(hash_bytes(s)); }); });
     double facts = share_in_common(train, val, [](std::string_view text, auto visit) {
         each_sentence(text, [&](std::string_view s) {
             if (tells_fact(s)) visit(hash_bytes(s));
         });
     });
-    double sentences = share_in_common(train, val, [](std::string_view text, auto visit) { each_sentence(text, [&](std::string_view s) { visit(hash_bytes(s)); }); });
+    double sentences = share_in_common(
+        train, val, [](std::string_view text, auto visit) { each_sentence(text, [&](std::string_view s) { visit(hash_bytes(s)); }); });
     double runs = share_in_common(train, val, [](std::string_view text, auto visit) { each_run(text, visit); });
-    printf("of validation, also in training: %.1f%% of the stories, %.1f%% of the sentences that tell a fact, %.1f%% of all sentences, %.1f%% of runs of 50 bytes\n",
-           100 * stories, 100 * facts, 100 * sentences, 100 * runs);
+    printf(
+        "of validation, also in training: %.1f%% of the stories, %.1f%% of the sentences that tell a fact, %.1f%% of all sentences, %.1f%% "
+        "of runs of 50 bytes\n",
+        100 * stories, 100 * facts, 100 * sentences, 100 * runs);
 }
 
 // How far readers would come who have read, but not remembered what is where.
@@ -419,8 +439,8 @@ inline void print_baselines(const std::vector<Story>& questions) {
         last += q.last_place;
     }
     double n = (double)questions.size();
-    printf("right without memory: %.1f%% by guessing, %.1f%% by naming any place of the story, %.1f%% by naming its last one\n", 100 * guess_rate, 100 * any / n,
-           100 * last / n);
+    printf("right without memory: %.1f%% by guessing, %.1f%% by naming any place of the story, %.1f%% by naming its last one\n",
+           100 * guess_rate, 100 * any / n, 100 * last / n);
 }
 
 // ----------------------------------------------------------------------------
@@ -435,7 +455,7 @@ struct Settings {
 const char* help_text =
     "Writes the default corpus: short stories about where things are, and questions about them.\n"
     "Usage: stories --out DIR [OPTIONS]\n\n"
-    "  --out DIR            where train.txt, val.txt and val.questions.jsonl go; the directory must exist\n"
+    "  --out DIR            where train.txt, val.txt and val.questions.jsonl go; made if its parent exists\n"
     "  --train-bytes N      bytes of training text, rounded up to a whole story; N may end in k, M or G (default: 8M)\n"
     "  --val-bytes N        bytes of validation text (default: 500k)\n"
     "  --questions N        questions in val.questions.jsonl (default: 2000)\n"
@@ -455,7 +475,8 @@ uint64_t parse_whole(const char* option, const std::string& text, uint64_t low, 
     for (char c : digits) valid = valid && checked_mul(value, 10, value) && checked_add(value, (uint64_t)(c - '0'), value);
     valid = valid && checked_mul(value, unit, value);
     if (!valid || value < low || value > high)
-        usage_error("%s is '%s': give a whole number from %llu to %llu", option, printable(text).c_str(), (unsigned long long)low, (unsigned long long)high);
+        usage_error("%s is '%s': give a whole number from %llu to %llu", option, printable(text).c_str(), (unsigned long long)low,
+                    (unsigned long long)high);
     return value;
 }
 
@@ -472,13 +493,20 @@ StoryOptions parse_distance(const std::string& text) {
 
 void parse_option(const std::string& name, const std::string& value, Settings& s) {
     constexpr uint64_t most = (uint64_t)1 << 40;
-    if (name == "--out") s.out = value;
-    else if (name == "--train-bytes") s.train_bytes = parse_whole("--train-bytes", value, 1, most);
-    else if (name == "--val-bytes") s.val_bytes = parse_whole("--val-bytes", value, 1, most);
-    else if (name == "--questions") s.questions = parse_whole("--questions", value, 1, 100000000);
-    else if (name == "--seed") s.seed = parse_whole("--seed", value, 0, UINT64_MAX);
-    else if (name == "--distance") s.story = parse_distance(value);
-    else usage_error("unknown option '%s': --help lists what there is", printable(name).c_str());
+    if (name == "--out")
+        s.out = value;
+    else if (name == "--train-bytes")
+        s.train_bytes = parse_whole("--train-bytes", value, 1, most);
+    else if (name == "--val-bytes")
+        s.val_bytes = parse_whole("--val-bytes", value, 1, most);
+    else if (name == "--questions")
+        s.questions = parse_whole("--questions", value, 1, 100000000);
+    else if (name == "--seed")
+        s.seed = parse_whole("--seed", value, 0, UINT64_MAX);
+    else if (name == "--distance")
+        s.story = parse_distance(value);
+    else
+        usage_error("unknown option '%s': --help lists what there is", printable(name).c_str());
 }
 
 // False if only help was asked for, which has then been printed.
@@ -506,9 +534,11 @@ bool parse_command_line(int argc, char** argv, Settings& s) {
 
 // All three are complete on the disk before the first gets its name.
 void write_corpus(const Settings& s) {
-    std::string train = make_text(s.story, s.train_bytes, Side::TRAIN, s.seed), val = make_text(s.story, s.val_bytes, Side::VALIDATION, s.seed);
+    std::string train = make_text(s.story, s.train_bytes, Side::TRAIN, s.seed),
+                val = make_text(s.story, s.val_bytes, Side::VALIDATION, s.seed);
     std::vector<Story> questions = make_questions(s.story, (int64_t)s.questions, s.seed);
     std::string lines = question_lines(questions);
+    if (mkdir(s.out.c_str(), 0777) != 0 && errno != EEXIST) file_error("create", s.out, errno);
     AtomicFile train_file(s.out + "/train.txt"), val_file(s.out + "/val.txt"), questions_file(s.out + "/val.questions.jsonl");
     train_file.write(train.data(), train.size());
     val_file.write(val.data(), val.size());
