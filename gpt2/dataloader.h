@@ -50,8 +50,8 @@ inline bool parse_shard(const uint8_t* bytes, size_t size, ShardHeader& out, std
     int width = wide ? 4 : 2;
     uint64_t needed = shard_header_bytes + (uint64_t)count * (uint64_t)width;  // below 2^34
     if (size != needed)
-        return refuse(error, "its header claims " + std::to_string(count) + " tokens, which make a file of " + std::to_string(needed) + " bytes; it has " + std::to_string(size) +
-                                 (size < needed ? ": it is cut short" : ""));
+        return refuse(error, "its header claims " + std::to_string(count) + " tokens, which make a file of " + std::to_string(needed) + " bytes; it has " +
+                                 std::to_string(size) + (size < needed ? ": it is cut short" : ""));
     out.width = width;
     out.count = count;
     return true;
@@ -66,8 +66,8 @@ struct Shard {
     const uint8_t* data = nullptr;
     int width = 2;
     int64_t count = 0;
-    int64_t file_position = 0;          // number of the first token within the file, for messages
-    int64_t start = 0;                  // ... within the dataset
+    int64_t file_position = 0;  // number of the first token within the file, for messages
+    int64_t start = 0;          // ... within the dataset
 
     int64_t operator[](int64_t i) const { return width == 2 ? load<uint16_t>(data + 2 * i) : (int64_t)load<uint32_t>(data + 4 * i); }
 };
@@ -245,10 +245,10 @@ struct LoaderOptions {
 
 // Batches without end.
 //
-// Without carried memory a row is a window of T inputs and their T next tokens. Each shard is cut into as many windows as fit; the at most T-1 tokens that are left
-// over move to its front or back, so that shuffled epochs cut the documents at different places. Samples are numbered through all epochs, in each of
-// which every window comes once, and sample (number * ranks + rank) * B + b is row b: neither the order nor the end of an epoch depends on B or ranks,
-// and a batch may hold the end of one epoch and the beginning of the next.
+// Without carried memory a row is a window of T inputs and their T next tokens. Each shard is cut into as many windows as fit; the at most T-1 tokens that are
+// left over move to its front or back, so that shuffled epochs cut the documents at different places. Samples are numbered through all epochs, in each of which
+// every window comes once, and sample (number * ranks + rank) * B + b is row b: neither the order nor the end of an epoch depends on B or ranks, and a batch
+// may hold the end of one epoch and the beginning of the next.
 //
 // With carried memory the dataset, shard behind shard, is cut into ranks * B lanes of equal length, and batch n holds the n-th T tokens of each; after the last
 // the lanes start again. A rank numbers its own lanes 0 .. B-1, which are its rows. The order is the text's, `shuffle` has no meaning.
@@ -291,7 +291,7 @@ struct DataLoader {
         }
     }
 
-   private:
+ private:
     std::vector<int64_t> first_window;  // of each shard
     int64_t windows = 0, lane_chunks = 0;
 

@@ -31,15 +31,16 @@ struct SafeTensor {
 struct SafeTensorsHeader {
     std::vector<SafeTensor> tensors;  // in the order of their data
     std::map<std::string, std::string> metadata;
-    uint64_t data_start = 0;          // from the file's first byte
+    uint64_t data_start = 0;  // from the file's first byte
 };
 
 constexpr uint64_t safetensors_header_limit = 100000000;
 
 // Bytes an element; 0: no such type.
 inline int dtype_width(const std::string& dtype) {
-    static const std::map<std::string, int> widths = {{"BOOL", 1}, {"U8", 1},   {"I8", 1},  {"F8_E4M3", 1}, {"F8_E5M2", 1}, {"F8_E8M0", 1}, {"U16", 2}, {"I16", 2},
-                                                      {"F16", 2},  {"BF16", 2}, {"U32", 4}, {"I32", 4},     {"F32", 4},     {"U64", 8},     {"I64", 8}, {"F64", 8}};
+    static const std::map<std::string, int> widths = {{"BOOL", 1}, {"U8", 1},  {"I8", 1},  {"F8_E4M3", 1}, {"F8_E5M2", 1}, {"F8_E8M0", 1},
+                                                      {"U16", 2},  {"I16", 2}, {"F16", 2}, {"BF16", 2},    {"U32", 4},     {"I32", 4},
+                                                      {"F32", 4},  {"U64", 8}, {"I64", 8}, {"F64", 8}};
     auto found = widths.find(dtype);
     return found == widths.end() ? 0 : found->second;
 }
@@ -61,7 +62,7 @@ inline bool tensor_bytes(const std::string& dtype, const std::vector<int64_t>& s
 // The JSON of the header, as a stream of events rather than a document: a document would keep the last of two equal keys without a word.
 // A false return ends the parse; `error` then says why.
 class SafeTensorsReader : public nlohmann::json_sax<nlohmann::json> {
-   public:
+ public:
     SafeTensorsReader(SafeTensorsHeader& out, std::string& error) : out(out), error(error) {}
 
     bool start_object(size_t) override {
@@ -115,8 +116,10 @@ class SafeTensorsReader : public nlohmann::json_sax<nlohmann::json> {
     bool number_unsigned(number_unsigned_t n) override {
         if (level != 3) return unexpected("a number");
         if (n > (uint64_t)INT64_MAX) return fail("has a " + field + " beyond 63 bits");
-        if (field == "shape") tensor.shape.push_back((int64_t)n);
-        else offsets.push_back(n);
+        if (field == "shape")
+            tensor.shape.push_back((int64_t)n);
+        else
+            offsets.push_back(n);
         if (tensor.shape.size() > 64 || offsets.size() > 2) return fail("has too many numbers in " + field);
         return true;
     }
@@ -130,7 +133,7 @@ class SafeTensorsReader : public nlohmann::json_sax<nlohmann::json> {
         return false;
     }
 
-   private:
+ private:
     SafeTensorsHeader& out;
     std::string& error;
     int level = 0;  // 1: names, 2: within a tensor or the metadata, 3: within an array
@@ -146,18 +149,22 @@ class SafeTensorsReader : public nlohmann::json_sax<nlohmann::json> {
 
 // In the order of their offsets the tensors must follow one another without a hole or an overlap, from 0 to the last byte of the data.
 inline bool check_tiling(SafeTensorsHeader& header, uint64_t data_bytes, std::string& error) {
-    std::sort(header.tensors.begin(), header.tensors.end(), [](const SafeTensor& a, const SafeTensor& b) { return a.begin != b.begin ? a.begin < b.begin : a.end < b.end; });
+    std::sort(header.tensors.begin(), header.tensors.end(),
+              [](const SafeTensor& a, const SafeTensor& b) { return a.begin != b.begin ? a.begin < b.begin : a.end < b.end; });
     uint64_t position = 0;
     for (const SafeTensor& t : header.tensors) {
         uint64_t bytes, end;
         std::string name = "tensor '" + printable(t.name) + "' ";
         if (!tensor_bytes(t.dtype, t.shape, bytes)) return refuse(error, name + "is too large: " + t.dtype + " " + shape_string(t.shape));
         if (!checked_add(t.begin, bytes, end) || t.end != end)
-            return refuse(error, name + "takes " + std::to_string(bytes) + " bytes, its offsets say " + std::to_string(t.begin) + " to " + std::to_string(t.end));
+            return refuse(error,
+                          name + "takes " + std::to_string(bytes) + " bytes, its offsets say " + std::to_string(t.begin) + " to " + std::to_string(t.end));
         if (t.begin != position)
-            return refuse(error, name + (t.begin > position ? "leaves a hole before it" : "overlaps the one before it") + ", at byte " + std::to_string(position) + " of the data");
+            return refuse(error, name + (t.begin > position ? "leaves a hole before it" : "overlaps the one before it") + ", at byte " +
+                                     std::to_string(position) + " of the data");
         if (end > data_bytes)
-            return refuse(error, name + "ends at byte " + std::to_string(end) + " of the data, the file has " + std::to_string(data_bytes) + ": it is cut short");
+            return refuse(error,
+                          name + "ends at byte " + std::to_string(end) + " of the data, the file has " + std::to_string(data_bytes) + ": it is cut short");
         position = end;
     }
     if (position != data_bytes) return refuse(error, std::to_string(data_bytes - position) + " bytes follow the last tensor");
@@ -171,7 +178,8 @@ inline bool parse_safetensors(const uint8_t* bytes, size_t size, SafeTensorsHead
     if (size < 8) return refuse(error, "it has " + std::to_string(size) + " bytes, too few for a safetensors file");
     uint64_t length = load<uint64_t>(bytes);
     if (length > safetensors_header_limit) return refuse(error, "its header claims " + std::to_string(length) + " bytes: this is no safetensors file");
-    if (length > size - 8) return refuse(error, "its header claims " + std::to_string(length) + " bytes, " + std::to_string(size - 8) + " are left: it is cut short");
+    if (length > size - 8)
+        return refuse(error, "its header claims " + std::to_string(length) + " bytes, " + std::to_string(size - 8) + " are left: it is cut short");
     const uint8_t *json = bytes + 8, *end = json + length;
     if (length == 0 || json[0] != '{') return refuse(error, "its header does not start with '{': this is no safetensors file");
     // The JSON library takes a zero byte for the end of its input, and would not look at what follows.
@@ -221,10 +229,12 @@ struct SafeTensorsFile {
     // The tensor of that name, which must have that shape.
     const SafeTensor& tensor(const std::string& name, const std::vector<int64_t>& shape) const {
         const SafeTensor* t = find(name);
-        if (!t) data_error("'%s' has no tensor %s, the model needs one of shape %s: is it of another model?", file->path.c_str(), name.c_str(), shape_string(shape).c_str());
-        if (t->shape != shape)
-            data_error("tensor %s of '%s' has shape %s, the model needs %s: is it of another model?", name.c_str(), file->path.c_str(), shape_string(t->shape).c_str(),
+        if (!t)
+            data_error("'%s' has no tensor %s, the model needs one of shape %s: is it of another model?", file->path.c_str(), name.c_str(),
                        shape_string(shape).c_str());
+        if (t->shape != shape)
+            data_error("tensor %s of '%s' has shape %s, the model needs %s: is it of another model?", name.c_str(), file->path.c_str(),
+                       shape_string(t->shape).c_str(), shape_string(shape).c_str());
         return *t;
     }
 
@@ -241,12 +251,14 @@ struct SafeTensorsFile {
         if (t.dtype != "I64") wrong_type(t, "I32 or I64");
         for (uint64_t i = 0; i < (t.end - t.begin) / 8; i++) {
             int64_t v = load<int64_t>(p + 8 * i);
-            if (v != (int32_t)v) data_error("tensor %s of '%s' holds %lld, which does not fit into 32 bits: is it of another model?", name.c_str(), file->path.c_str(), (long long)v);
+            if (v != (int32_t)v)
+                data_error("tensor %s of '%s' holds %lld, which does not fit into 32 bits: is it of another model?", name.c_str(), file->path.c_str(),
+                           (long long)v);
             to[i] = (int32_t)v;
         }
     }
 
-   private:
+ private:
     [[noreturn]] void wrong_type(const SafeTensor& t, const char* needed) const {
         data_error("tensor %s of '%s' has dtype %s: %s is needed; convert it", t.name.c_str(), file->path.c_str(), t.dtype.c_str(), needed);
     }
@@ -259,11 +271,16 @@ struct SafeTensorsFile {
         const SafeTensor& t = tensor(name, shape);
         const uint8_t* p = data(t);
         uint64_t bytes = t.end - t.begin;
-        if (t.dtype == "F32") convert<float>(p, bytes, to, [](float x) { return x; });
-        else if (t.dtype == "F64") convert<double>(p, bytes, to, [](double x) { return x; });
-        else if (t.dtype == "BF16") convert<uint16_t>(p, bytes, to, bf16_to_float);
-        else if (t.dtype == "F16") convert<uint16_t>(p, bytes, to, half_to_float);
-        else wrong_type(t, "F32, F64, BF16 or F16");
+        if (t.dtype == "F32")
+            convert<float>(p, bytes, to, [](float x) { return x; });
+        else if (t.dtype == "F64")
+            convert<double>(p, bytes, to, [](double x) { return x; });
+        else if (t.dtype == "BF16")
+            convert<uint16_t>(p, bytes, to, bf16_to_float);
+        else if (t.dtype == "F16")
+            convert<uint16_t>(p, bytes, to, half_to_float);
+        else
+            wrong_type(t, "F32, F64, BF16 or F16");
     }
 };
 
@@ -290,7 +307,8 @@ inline std::string safetensors_header(const std::vector<TensorToWrite>& tensors,
     uint64_t begin = 0;
     for (const TensorToWrite& t : tensors) {
         uint64_t bytes;
-        if (!tensor_bytes(t.dtype, t.shape, bytes)) data_error("cannot write tensor %s: no dtype %s of shape %s", t.name.c_str(), t.dtype.c_str(), shape_string(t.shape).c_str());
+        if (!tensor_bytes(t.dtype, t.shape, bytes))
+            data_error("cannot write tensor %s: no dtype %s of shape %s", t.name.c_str(), t.dtype.c_str(), shape_string(t.shape).c_str());
         std::string shape;
         for (int64_t d : t.shape) shape += (shape.empty() ? "" : ",") + std::to_string(d);
         json += separator + quoted(t.name) + ":{\"dtype\":" + quoted(t.dtype) + ",\"shape\":[" + shape + "],\"data_offsets\":[" + std::to_string(begin) + "," +

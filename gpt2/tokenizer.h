@@ -34,7 +34,8 @@ struct Tokenizer {
             std::string word(input.substr(begin, end - begin));
             bool number = word.size() <= 9 && word.find_first_not_of("0123456789") == std::string::npos;
             if (!number || std::stoi(word) >= vocab_size)
-                usage_error("the tokenizer '%s' cannot read '%s': give numbers from 0 to %d, separated by spaces", name.c_str(), printable(word).c_str(), vocab_size - 1);
+                usage_error("the tokenizer '%s' cannot read '%s': give numbers from 0 to %d, separated by spaces", name.c_str(), printable(word).c_str(),
+                            vocab_size - 1);
             ids.push_back(std::stoi(word));
         }
         return ids;
@@ -66,7 +67,7 @@ struct Tokenizer {
     // What a checkpoint remembers: a model is of no use with another tokenizer.
     nlohmann::json identity() const { return {{"name", name}, {"vocab_size", vocab_size}, {"end_of_text", end_of_text}}; }
 
-   private:
+ private:
     static bool is_space(char c) { return c == ' ' || (c >= '\t' && c <= '\r'); }
 };
 
@@ -101,9 +102,9 @@ struct Utf8Printer {
         return out;
     }
 
-   private:
-    std::string pending;  // the first bytes of a character
-    int missing = 0;      // how many are still to come
+ private:
+    std::string pending;              // the first bytes of a character
+    int missing = 0;                  // how many are still to come
     uint8_t low = 0x80, high = 0xBF;  // where the next one must lie: narrower for the second byte, against surrogates, overlong forms and > U+10FFFF
 
     void give_up(std::string& out) {
@@ -124,10 +125,12 @@ struct Utf8Printer {
         give_up(out);
         low = c == 0xE0 ? 0xA0 : c == 0xF0 ? 0x90 : 0x80;
         high = c == 0xED ? 0x9F : c == 0xF4 ? 0x8F : 0xBF;
-        if (c < 0x80) out += (char)c;
+        if (c < 0x80)
+            out += (char)c;
         else if (c >= 0xC2 && c <= 0xF4) {
             pending = (char)c;
             missing = c < 0xE0 ? 1 : c < 0xF0 ? 2 : 3;
-        } else out += "\xEF\xBF\xBD";
+        } else
+            out += "\xEF\xBF\xBD";
     }
 };
