@@ -278,11 +278,10 @@ inline void mla_backward(const AttentionContext& ctx, const Tensors& parameters,
 inline void softmax_merge(real* o1, real* lse1, const real* o2, const real* lse2, int64_t rows, int d) {
 #pragma omp parallel for
     for (int64_t r = 0; r < rows; r++) {
-        real m = std::max(lse1[r], lse2[r]);
-        real w1 = lse1[r] == MINUS_INFINITY ? 0 : std::exp(lse1[r] - m), w2 = lse2[r] == MINUS_INFINITY ? 0 : std::exp(lse2[r] - m);
-        real inverse = m == MINUS_INFINITY ? 0 : 1 / (w1 + w2);
-        for (int c = 0; c < d; c++) o1[r * d + c] = (w1 > 0 ? w1 * inverse * o1[r * d + c] : 0) + (w2 > 0 ? w2 * inverse * o2[r * d + c] : 0);
-        lse1[r] = m == MINUS_INFINITY ? m : m + std::log(w1 + w2);
+        bool none1 = lse1[r] == MINUS_INFINITY, none2 = lse2[r] == MINUS_INFINITY;
+        real m = std::max(lse1[r], lse2[r]), w1 = none1 ? 0 : std::exp(lse1[r] - m), w2 = none2 ? 0 : std::exp(lse2[r] - m), sum = w1 + w2;
+        for (int c = 0; c < d; c++) o1[r * d + c] = (none1 ? 0 : w1 / sum * o1[r * d + c]) + (none2 ? 0 : w2 / sum * o2[r * d + c]);
+        lse1[r] = none1 && none2 ? MINUS_INFINITY : m + std::log(sum);
     }
 }
 
