@@ -475,9 +475,7 @@ TEST_CASE("UTF-8: invalid bytes become U+FFFD") {
     const std::string r = "\xEF\xBF\xBD";
     const std::vector<std::pair<std::string, std::string>> cases = {
         {"\x80", r},
-        {"a\xff"
-         "b",
-         "a" + r + "b"},
+        {"a\xffz", "a" + r + "z"},
         {"\xc3", r},
         {"\xc3(", r + "("},
         {"\xc0\xaf", r + r},  // overlong
@@ -490,9 +488,7 @@ TEST_CASE("UTF-8: invalid bytes become U+FFFD") {
         {"\xe2\x82z", r + "z"},
         {"\xf0\x9f\x98", r},
         {"\xf0\x9f\x98\xe2\x82\xac", r + "\u20ac"},
-        {"\xe1\x80\xe2\xf0\x91\x92\xf1\xbf"
-         "A",
-         r + r + r + r + "A"},  // the example of the Unicode standard, table 3-11
+        {"\xe1\x80\xe2\xf0\x91\x92\xf1\xbf\x41", r + r + r + r + "A"},  // the example of the Unicode standard, table 3-11
     };
     for (const auto& c : cases)
         for (size_t piece : {1, 2, 100}) CHECK(print_in_pieces(c.first, piece) == c.second);
