@@ -1,8 +1,8 @@
 #!/bin/bash
 # The program from outside: every error with its exit status and its one line, runs resumed bit for bit, nothing lost or overwritten, help that tells
-# the truth, text that is text. Usage: dev/test/program_tests.sh [PROGRAM]   (default ./train_gpt2)
+# the truth, text that is text. Usage: dev/test/program_tests.sh [PROGRAM]   (default $TRAIN_GPT2, or ./train_gpt2)
 set -u
-program=$(realpath "${1:-./train_gpt2}")
+program=$(realpath "${1:-${TRAIN_GPT2:-./train_gpt2}}")
 work=$(mktemp -d)
 mounted=
 trap '[ -n "$mounted" ] && umount "$mounted"; rm -rf "$work"' EXIT
