@@ -244,6 +244,10 @@ inline void softmax_forward(const SoftmaxAttention& a, real* o, int64_t o_stride
             int s = k_tiles[t].seq, j0 = k_tiles[t].start, n = std::min(KT, a.k_len(s) - j0);
             if (few_queries(a.q_len(s))) continue;
             real* block = keys_transposed(s, j0, n, g);
+            if (!a.states) {
+                tile_transpose(n, a.d_qk, a.key(s, j0, g), a.k_stride, block, n);
+                continue;
+            }
             for (int j = 0; j < n; j++) {
                 const real* key = a.key(s, j0 + j, g);
                 for (int c = 0; c < a.d_qk; c++) block[(int64_t)c * n + j] = key[c];
@@ -252,7 +256,7 @@ inline void softmax_forward(const SoftmaxAttention& a, real* o, int64_t o_stride
 
 #pragma omp parallel
     {
-        std::vector<real> scores(QT * KT), sum((size_t)QT * a.d_v), values(a.states ? (size_t)KT * a.d_v : 0), z(KT);
+        RealVector scores(QT * KT), sum((size_t)QT * a.d_v), values(a.states ? (size_t)KT * a.d_v : 0), z(KT);
 #pragma omp for collapse(2) schedule(dynamic)
         for (size_t t = 0; t < q_tiles.size(); t++)
             for (int h = 0; h < a.heads; h++) {
@@ -318,7 +322,7 @@ inline void softmax_backward(const SoftmaxAttention& a, const SoftmaxGradients& 
     assert(!a.states && !a.q_at);
 #pragma omp parallel
     {
-        std::vector<real> P(QT * KT), dS(QT * KT), kt((size_t)a.d_qk * KT), vt((size_t)a.d_v * KT), dk((size_t)KT * a.d_qk), dv((size_t)KT * a.d_v), z(KT), D;
+        RealVector P(QT * KT), dS(QT * KT), kt((size_t)a.d_qk * KT), vt((size_t)a.d_v * KT), dk((size_t)KT * a.d_qk), dv((size_t)KT * a.d_v), z(KT), D;
 #pragma omp for collapse(2) schedule(dynamic)
         for (int s = 0; s < a.num_seqs; s++)
             for (int kv = 0; kv < a.kv_heads; kv++) {

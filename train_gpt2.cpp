@@ -157,7 +157,8 @@ struct Gpt2 : Trainer {
     Tensors params, grads, moment1, moment2, acts, dacts;
     Arena params_memory, grads_memory, acts_memory;
     std::vector<Tensors> attn_params, attn_grads, attn_saved;  // each network layer's part of the lists
-    std::vector<real> scratch, memory, memory_before;          // memories: (layer, lane, per_sequence); `before` is what the last pass started from
+    RealVector scratch;
+    std::vector<real> memory, memory_before;  // memories: (layer, lane, per_sequence); `before` is what the last pass started from
     StatePool<real> pool;
     TrainerOptions options;
 

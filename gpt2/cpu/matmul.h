@@ -9,6 +9,9 @@
 #include <algorithm>
 #include <cassert>
 #include <cstdint>
+#include <cstring>
+#include <new>
+#include <utility>
 #include <vector>
 #ifdef _OPENMP
 #include <omp.h>
@@ -35,6 +38,22 @@ inline int num_threads() {
     return 1;
 #endif
 }
+
+// A vector that starts on a cache line: a load of 64 bytes that straddles two lines costs two.
+template <class T>
+struct AlignedAllocator {
+    typedef T value_type;
+    AlignedAllocator() = default;
+    template <class U>
+    AlignedAllocator(const AlignedAllocator<U>&) {}
+    T* allocate(size_t n) { return (T*)::operator new(n * sizeof(T), std::align_val_t(64)); }
+    void deallocate(T* p, size_t) { ::operator delete(p, std::align_val_t(64)); }
+    template <class U>
+    bool operator==(const AlignedAllocator<U>&) const { return true; }
+    template <class U>
+    bool operator!=(const AlignedAllocator<U>&) const { return false; }
+};
+typedef std::vector<real, AlignedAllocator<real>> RealVector;
 
 // --------------------------------------------------------------------------------------------------------------------------------------------------
 // tile_matmul: C (m,n) = or += A (m,k) · B (k,n), in one thread.
@@ -89,12 +108,31 @@ inline void tile_matmul(int m, int n, int k, const real* a, int64_t ai, int64_t 
         }
 }
 
-// to (columns, rows) = transpose of from (rows, columns): rows of keys become the columns that tile_matmul wants.
+// One stage of transposing W rows of W numbers in registers: rows r and r+S exchange their off-diagonal blocks of S x S. After the stages S = 1, 2, ... W/2
+// the block is transposed (Eklundh 1972).
+template <int S, int... I>
+inline void transpose_stage(vec* row, std::integer_sequence<int, I...>) {
+    for (int r = 0; r < W; r++) {
+        if (r & S) continue;
+        vec a = row[r], b = row[r + S];
+        row[r] = __builtin_shufflevector(a, b, (I & S ? W + I - S : I)...);
+        row[r + S] = __builtin_shufflevector(a, b, (I & S ? W + I : I + S)...);
+    }
+    if constexpr (2 * S < W) transpose_stage<2 * S>(row, std::integer_sequence<int, I...>());
+}
+
+// to (columns, rows) = transpose of from (rows, columns): rows of keys or weights become the columns that tile_matmul wants.
 inline void tile_transpose(int rows, int columns, const real* from, int64_t stride, real* to, int64_t to_stride) {
-    constexpr int block = 16;
-    for (int c0 = 0; c0 < columns; c0 += block)
-        for (int r = 0; r < rows; r++)
-            for (int c = c0; c < std::min(c0 + block, columns); c++) to[c * to_stride + r] = from[r * stride + c];
+    int whole_rows = rows / W * W, whole_columns = columns / W * W;
+    for (int r = 0; r < whole_rows; r += W)
+        for (int c = 0; c < whole_columns; c += W) {
+            vec block[W];
+            for (int i = 0; i < W; i++) block[i] = *(const vec*)(from + (r + i) * stride + c);
+            transpose_stage<1>(block, std::make_integer_sequence<int, W>());
+            for (int i = 0; i < W; i++) *(vec*)(to + (c + i) * to_stride + r) = block[i];
+        }
+    for (int r = 0; r < rows; r++)
+        for (int c = r < whole_rows ? whole_columns : 0; c < columns; c++) to[c * to_stride + r] = from[r * stride + c];
 }
 
 inline real dot(int n, const real* a, const real* b) {
@@ -109,28 +147,48 @@ inline real dot(int n, const real* a, const real* b) {
 
 enum Transpose { NO, YES };
 
-// Blocks of B (K_BLOCK x N_BLOCK, transposed if need be) are packed into cache by the thread that uses them; alpha goes into the packed block.
+// A strip of N_BLOCK columns of C at a time, by one thread: for each K_BLOCK the strip of op(B) is packed side by side (64 KB of second-level cache), and all
+// rows of A pass over it. A transposed A is first turned around, SLAB rows at once, by all threads: read in place, each step of p would touch another page.
 inline void matmul_builtin(Transpose ta, Transpose tb, int64_t M, int64_t N, int64_t K, real alpha, const real* A, int64_t lda, const real* B, int64_t ldb,
                            real beta, real* C, int64_t ldc) {
-    constexpr int64_t M_BLOCK = 192, N_BLOCK = NV * W, K_BLOCK = 384;
-    int64_t ai = ta == NO ? lda : 1, ap = ta == NO ? 1 : lda;
-    // Few wide strips when M is small (packing is shared by more rows), more blocks along M when N is.
-    int64_t n_blocks = (N + N_BLOCK - 1) / N_BLOCK, m_block = n_blocks >= 4 * num_threads() ? M : M_BLOCK;
-    int64_t m_blocks = m_block > 0 ? (M + m_block - 1) / m_block : 0;
+    constexpr int64_t N_BLOCK = NV * W, K_BLOCK = 256, SLAB = 4096;
+    if (ta == YES) {
+        RealVector turned((size_t)(std::min(M, SLAB) * K));
+        for (int64_t i0 = 0; i0 < M; i0 += SLAB) {
+            int64_t rows = std::min(SLAB, M - i0);
+#pragma omp parallel for collapse(2)
+            for (int64_t i = 0; i < rows; i += 64)
+                for (int64_t p = 0; p < K; p += 64)
+                    tile_transpose((int)std::min<int64_t>(64, K - p), (int)std::min<int64_t>(64, rows - i), A + p * lda + i0 + i, lda, &turned[i * K + p], K);
+            matmul_builtin(NO, tb, rows, N, K, alpha, turned.data(), K, B, ldb, beta, C + i0 * ldc, ldc);
+        }
+        return;
+    }
+    // Whole columns of C if there are enough strips to go round (each strip of B is then packed once), otherwise C is cut along M too.
+    int64_t strips = (N + N_BLOCK - 1) / N_BLOCK, pieces = std::max<int64_t>(1, std::min((3 * num_threads() + strips - 1) / strips, M / (4 * MR)));
+    int64_t m_block = ((M + pieces - 1) / pieces + MR - 1) / MR * MR;
+    pieces = (M + m_block - 1) / m_block;
 #pragma omp parallel
     {
-        std::vector<real> pack(K_BLOCK * N_BLOCK);
+        RealVector pack(K_BLOCK * N_BLOCK);
 #pragma omp for collapse(2) schedule(dynamic)
-        for (int64_t mb = 0; mb < m_blocks; mb++)
-            for (int64_t nb = 0; nb < n_blocks; nb++) {
+        for (int64_t nb = 0; nb < strips; nb++)
+            for (int64_t mb = 0; mb < pieces; mb++) {
                 int64_t i0 = mb * m_block, m = std::min(m_block, M - i0), j0 = nb * N_BLOCK, n = std::min(N_BLOCK, N - j0);
-                for (int64_t i = i0; i < i0 + m; i++)  // beta 0 must overwrite NaN
-                    for (int64_t j = j0; j < j0 + n; j++) C[i * ldc + j] = beta == 0 ? 0 : beta * C[i * ldc + j];
+                if (beta != 1 && !(beta == 0 && K > 0))
+                    for (int64_t i = i0; i < i0 + m; i++)
+                        for (int64_t j = j0; j < j0 + n; j++) C[i * ldc + j] = beta == 0 ? 0 : beta * C[i * ldc + j];
                 for (int64_t p0 = 0; p0 < K; p0 += K_BLOCK) {
                     int64_t k = std::min(K_BLOCK, K - p0);
-                    for (int64_t p = 0; p < k; p++)
-                        for (int64_t j = 0; j < n; j++) pack[p * n + j] = alpha * (tb == NO ? B[(p0 + p) * ldb + j0 + j] : B[(j0 + j) * ldb + p0 + p]);
-                    tile_matmul((int)m, (int)n, (int)k, A + i0 * ai + p0 * ap, ai, ap, pack.data(), n, C + i0 * ldc + j0, ldc, true);
+                    if (tb == YES) {
+                        tile_transpose((int)n, (int)k, B + j0 * ldb + p0, ldb, pack.data(), n);
+                    } else {
+                        for (int64_t p = 0; p < k; p++) memcpy(&pack[p * n], B + (p0 + p) * ldb + j0, n * sizeof(real));
+                    }
+                    if (alpha != 1)
+                        for (int64_t i = 0; i < k * n; i++) pack[i] *= alpha;
+                    // beta 0 overwrites: what stood in C may have been NaN
+                    tile_matmul((int)m, (int)n, (int)k, A + i0 * lda + p0, lda, 1, pack.data(), n, C + i0 * ldc + j0, ldc, !(beta == 0 && p0 == 0));
                 }
             }
     }
@@ -144,6 +202,25 @@ inline void cblas_gemm(CBLAS_TRANSPOSE ta, CBLAS_TRANSPOSE tb, int M, int N, int
 inline void cblas_gemm(CBLAS_TRANSPOSE ta, CBLAS_TRANSPOSE tb, int M, int N, int K, double alpha, const double* A, int lda, const double* B, int ldb, double beta,
                        double* C, int ldc) {
     cblas_dgemm(CblasRowMajor, ta, tb, M, N, K, alpha, A, lda, B, ldb, beta, C, ldc);
+}
+// OpenBLAS picks its kernels when it starts. On a processor newer than itself, or told so by OPENBLAS_CORETYPE, it may take those of an older generation
+// than this program was compiled for: the built-in product is then the faster one (dev/LOG.md has the figures).
+inline bool cblas_is_outdated() {
+#if defined(OPENBLAS_VERSION) && defined(__AVX2__)
+    static const bool outdated = [] {
+#ifdef __AVX512F__
+        const char* good[] = {"SkylakeX", "Cooperlake", "SapphireRapids"};
+#else
+        const char* good[] = {"Haswell", "Zen", "Excavator", "SkylakeX", "Cooperlake", "SapphireRapids"};
+#endif
+        for (const char* core : good)
+            if (!strcmp(openblas_get_corename(), core)) return false;
+        return true;
+    }();
+    return outdated;
+#else
+    return false;
+#endif
 }
 #endif
 
@@ -169,6 +246,10 @@ inline void matmul(Transpose ta, Transpose tb, int64_t M, int64_t N, int64_t K, 
 #ifdef NO_CBLAS
     matmul_builtin(ta, tb, M, N, K, alpha, A, lda, B, ldb, beta, C, ldc);
 #else
+    if (cblas_is_outdated()) {
+        matmul_builtin(ta, tb, M, N, K, alpha, A, lda, B, ldb, beta, C, ldc);
+        return;
+    }
     assert(std::max({M, N, K, lda, ldb, ldc}) < INT32_MAX);
     cblas_gemm(ta == NO ? CblasNoTrans : CblasTrans, tb == NO ? CblasNoTrans : CblasTrans, (int)M, (int)N, (int)K, alpha, A, (int)lda, B, (int)ldb, beta, C, (int)ldc);
 #endif
