@@ -542,16 +542,1530 @@ inline Attention causal_attention() { return {"causal", causal_saved, causal_scr
 }  // namespace cpu
 
 // --------------------------------------------------------------------------------------------------------------------------------------------------
+// 4. Infini-attention (Munkhdalai, Faruqui and Gopal, arXiv 2404.07143)
+//
+//     q, k, v = x·Wqkvᵀ + bqkv      Φ(x) = ELU(x) + 1 = x+1 for x > 0, else eˣ      g = sigmoid(β)      out = residual + A·Woᵀ + bo
+//
+// A sequence is cut into segments of S tokens; for each in turn, with the memory M, z of what was before it:
+//
+//     R = (Φ(q)M) / (Φ(q)·z + ε)                 read the memory, before this segment is written
+//     D = softmax(q·kᵀ/√hs)·v                    causal, within the segment; rotary positions count from its start, and only D sees them
+//     A = g·R + (1−g)·D                          first-segment=pass: A = D while nothing has been written
+//     M' = M + Φ(k)ᵀU,  z' = z + Σ_t Φ(k_t)      when the segment is full; U = v, or memory-update=delta: U = v − V̂, V̂ = (Φ(k)M)/(Φ(k)·z + ε)
+//
+// Wqkv as in causal; M (hs,hs) and z (hs) per kv head, β (NH) per query head; M starts at 0, z at 1 or 0 (memory-init). ε = 1e-6: Φ can underflow.
+// An unfinished segment is pending: the next tokens of the sequence continue it (its positions, its local keys, what it will write).
+// Saves qkv (before the rotation), D and lse, N·(2C + 2·KV·hs + NH) numbers as causal does, and the memory after every full segment, (N/S)·KV·hs·(hs+1).
+// R and A are computed again: a read is hs/(2·C) of a projection's work. Forward costs 4·C·(S+1)/2 + 2·hs·(NH+KV)·hs FLOPs a token whatever T is.
+// State, constant: how many tokens are pending, whether anything was written, z and M, the pending tokens' k (before the rotation) and v.
+
+constexpr int MAX_SEGMENT = 1 << 20;
+
+inline int64_t infini_memory_size(const AttentionConfig& a) { return (int64_t)a["kv-heads"] * (a.head_size() + 1) * a.head_size(); }
+
+// pending, written; for each kv head z (hs) and M (hs,hs); for each pending token k and v (2·KV·hs). All zeros: empty.
+constexpr int INFINI_PENDING = 0, INFINI_WRITTEN = 1, INFINI_MEMORY = 2;
+inline int64_t infini_row_size(const AttentionConfig& a) { return 2 * (int64_t)a["kv-heads"] * a.head_size(); }
+inline AttentionStateSize infini_state(const AttentionConfig& a) {
+    return {0, INFINI_MEMORY + infini_memory_size(a) + a["segment"] * infini_row_size(a)};
+}
+
+inline std::vector<TensorSpec> infini_parameters(const AttentionConfig& a) {
+    TensorSpec beta = vector_spec("beta", a.heads, 0);
+    beta.storage = Storage::FLOAT32;
+    beta.lr_multiplier = a.number("gate-lr");
+    return {matrix_spec("wqkv", qkv_size(a), a.channels, 0.02), vector_spec("bqkv", qkv_size(a), 0), matrix_spec("wo", a.channels, a.channels, a.residual_std()),
+            vector_spec("bo", a.channels, 0), beta};
+}
+
+inline double infini_flops(const AttentionConfig& a, double T) {
+    double C = a.channels, S = a["segment"], full = std::floor(T / S) * S, tail = T - full, hs = a.head_size();
+    double keys = (full * (S + 1) + tail * (tail + 1)) / 2 / T, reading = std::max(0.0, T - S) / T, writing = full / T;
+    double write = 2 * a["kv-heads"] * hs * hs * (a["memory-update"] ? 2 : 1);
+    return 2 * C * qkv_size(a) + 2 * C * C + 4 * C * keys + reading * 2 * C * hs + writing * write;
+}
+
+inline AttentionDescription infini_description() {
+    return {"infini",
+            "softmax attention within segments, and a memory of constant size of all segments before",
+            {kv_heads_option,
+             {"segment", "tokens a segment", 256, 1, MAX_SEGMENT},
+             {"memory-update", "how a segment is written: all of it (linear), or what the memory does not say already (delta)", 0, 0, 0, {"linear", "delta"}},
+             {"memory-init", "where the memory's normaliser starts", 0, 0, 0, {"one", "zero"}},
+             {"first-segment", "while the memory is empty: local attention alone (pass), or gated with zeros as in the paper (gated)", 0, 0, 0, {"pass", "gated"}},
+             {"gate-lr", "learning rate of the gates, in units of the model's", 30, 0, 1e6, {}, /*fraction*/ true}},
+            resolve_kv_heads,
+            infini_parameters,
+            infini_state,
+            infini_flops,
+            /*learned_positions*/ false,
+            /*recurrent*/ true};
+}
+
+namespace cpu {
+
+// `carry`: the state that a lane came with; forward() may overwrite the lane before backward() runs.
+inline std::vector<TensorSpec> infini_saved(const AttentionConfig& a, int64_t N, int lanes) {
+    return {buffer_spec("qkv", {N, qkv_size(a)}), buffer_spec("d", {N, a.channels}), buffer_spec("lse", {N, a.heads}, Storage::FLOAT32),
+            buffer_spec("memory", {N / a["segment"] + lanes, infini_memory_size(a)}, Storage::FLOAT32),
+            buffer_spec("carry", {lanes, infini_state(a).per_sequence}, Storage::FLOAT32)};
+}
+
+inline int64_t infini_scratch(const AttentionConfig& a, int64_t N, int64_t num_seqs, int64_t, bool training) {
+    int64_t C = a.channels, KVhs = infini_row_size(a) / 2, rotated = scratch_size({N * (C + KVhs)}), branch = scratch_size({N * C});
+    int64_t local = rotated + softmax_forward_scratch(N, a["kv-heads"], a.head_size()), memories = (N / a["segment"] + num_seqs) * infini_memory_size(a);
+    int64_t forward = scratch_size({N * C}) + std::max(local, branch);
+    int64_t extend = scratch_size({N * qkv_size(a), N * C, memories}) + std::max(local, branch);
+    int64_t backward = scratch_size({N * C, N * C, N * a.heads, N * qkv_size(a)}) + std::max(rotated, branch);
+    return std::max(forward, training ? backward : extend);
+}
+
+// A segment, as far as it stands in this pass.
+struct InfiniSegment {
+    int seq, start;      // its sequence, and its place there, counted from the first pending token
+    int row, q_len;      // the rows of its new tokens
+    int k_len;           // all its tokens: pending ones of the pass before, then the new ones
+    const real* memory;  // (KV, hs + hs·hs) what it reads; null: nothing has been written
+    real* write;         // where it leaves the memory; null: it is not full
+    int pending() const { return k_len - q_len; }
+};
+
+// What both directions need to know of a pass over N tokens.
+struct InfiniPass {
+    const AttentionConfig* config;
+    const real* qkv;                      // (N, qkv_size), not rotated
+    std::vector<real*> block;             // the state each sequence starts from; null: empty. Its rows are completed by the new tokens of the first segment
+    std::vector<InfiniSegment> segments;  // of all sequences in order
+    std::vector<int> first;               // (num_seqs + 1) the first segment of each sequence
+    std::vector<int> cu_q, seq, start;    // the segments as sequences of the softmax core; (N+1), (N), (N)
+    int hs, kv_heads, group;
+
+    int64_t memory_size() const { return (int64_t)hs * (hs + 1); }  // of one kv head
+    int64_t row_size() const { return 2 * (int64_t)kv_heads * hs; }
+    real z_start() const { return (*config)["memory-init"] == 0 ? 1 : 0; }
+    bool delta() const { return (*config)["memory-update"] == 1; }
+    bool gated(const InfiniSegment& s) const { return s.memory || (*config)["first-segment"] == 1; }
+    real* rows(int s) const { return block[s] + INFINI_MEMORY + kv_heads * memory_size(); }
+    // k of the segment's first token; one token's k and v stand side by side.
+    const real* keys(const InfiniSegment& s) const { return s.pending() ? rows(s.seq) : qkv + s.row * qkv_size(*config) + config->channels; }
+    int64_t key_stride(const InfiniSegment& s) const { return s.pending() ? row_size() : qkv_size(*config); }
+};
+
+// `memories`: room for the memories after full segments.
+inline InfiniPass infini_pass(const AttentionContext& ctx, const real* qkv, std::vector<real*> block, real* memories) {
+    const AttentionConfig& a = *ctx.config;
+    InfiniPass p{};
+    p.config = &a;
+    p.qkv = qkv;
+    p.block = std::move(block);
+    p.hs = a.head_size();
+    p.kv_heads = a["kv-heads"];
+    p.group = a.heads / p.kv_heads;
+    int S = a["segment"];
+    for (int s = 0; s < ctx.num_seqs; s++) {
+        p.first.push_back((int)p.segments.size());
+        int n = ctx.cu_seqlens[s + 1] - ctx.cu_seqlens[s], pending = p.block[s] ? (int)p.block[s][INFINI_PENDING] : 0;
+        const real* memory = p.block[s] && p.block[s][INFINI_WRITTEN] > 0 ? p.block[s] + INFINI_MEMORY : nullptr;
+        for (int start = 0; n > 0 && start < pending + n; start += S) {
+            int k_len = std::min(S, pending + n - start), begin = std::max(start, pending);
+            InfiniSegment segment = {s, start, ctx.cu_seqlens[s] + begin - pending, start + k_len - begin, k_len, memory, nullptr};
+            if (k_len == S) {
+                memory = segment.write = memories;
+                memories += p.kv_heads * p.memory_size();
+            }
+            p.segments.push_back(segment);
+        }
+    }
+    p.first.push_back((int)p.segments.size());
+    for (const InfiniSegment& s : p.segments) {
+        p.cu_q.push_back(s.row);
+        p.seq.push_back(s.seq);
+        p.start.push_back(s.start);
+        for (int i = 0; s.pending() && i < s.q_len; i++)
+            memcpy(p.rows(s.seq) + (s.pending() + i) * p.row_size(), qkv + (s.row + i) * qkv_size(a) + a.channels, p.row_size() * sizeof(real));
+    }
+    p.cu_q.push_back((int)ctx.tokens());
+    return p;
+}
+
+// The position of each new token within its segment.
+inline std::vector<int> infini_positions(const InfiniPass& p) {
+    std::vector<int> position;
+    for (const InfiniSegment& s : p.segments)
+        for (int i = 0; i < s.q_len; i++) position.push_back(s.pending() + i);
+    return position;
+}
+
+// ---- local attention ---------------------------------------------------------------------------------------------------------------------------------
+// Segments are handed to the softmax core as sequences: a run of those that begin in this pass, whose keys stand in qkv, or one that has pending tokens,
+// whose keys stand in its sequence's block.
+
+struct InfiniRun {
+    int begin, end;  // segments
+    SoftmaxAttention core;
+    bool pending;
+    int cu_k[2];             // with pending tokens: its keys' offsets,
+    RealVector keys;  // and the keys after the rotation
+};
+
+// Calls f(InfiniRun&) for each run; `rotated` (N, C + KV·hs): scratch for q and k after the rotation.
+template <class F>
+inline void infini_runs(const AttentionContext& ctx, const InfiniPass& p, real* rotated, F f) {
+    const AttentionConfig& a = *ctx.config;
+    int64_t C = a.channels, KVhs = p.row_size() / 2;
+    bool rotate = a.positions == Positions::ROPE;
+    if (rotate) rope(rotated, C + KVhs, p.qkv, qkv_size(a), ctx.tokens(), a.heads + p.kv_heads, p.hs, infini_positions(p).data(), 1);
+    int count = (int)p.segments.size();
+    for (int begin = 0, end; begin < count; begin = end) {
+        const InfiniSegment& s = p.segments[begin];
+        for (end = begin + 1; !s.pending() && end < count && !p.segments[end].pending();) end++;
+        InfiniRun run{begin, end, causal_core(ctx, p.qkv), s.pending() > 0, {0, s.k_len}, {}};
+        SoftmaxAttention& core = run.core;
+        core.num_seqs = end - begin;
+        core.cu_q = core.cu_k = p.cu_q.data() + begin;
+        core.drop_seq = p.seq.data() + begin;
+        core.drop_pos = p.start.data() + begin;
+        if (rotate) {
+            core.q = rotated;
+            core.k = rotated + C;
+            core.q_stride = core.k_stride = C + KVhs;
+        }
+        if (s.pending()) {
+            core.cu_k = run.cu_k;
+            core.k = p.keys(s);
+            core.v = p.keys(s) + KVhs;
+            core.k_stride = core.v_stride = p.row_size();
+            if (rotate) {
+                std::vector<int> position(s.k_len);
+                for (int j = 0; j < s.k_len; j++) position[j] = j;
+                run.keys.resize(s.k_len * KVhs);
+                rope(run.keys.data(), KVhs, core.k, core.k_stride, s.k_len, p.kv_heads, p.hs, position.data(), 1);
+                core.k = run.keys.data();
+                core.k_stride = KVhs;
+            }
+        }
+        f(run);
+    }
+}
+
+// D (N,C), lse (N,NH) or null.
+inline void infini_local_forward(const AttentionContext& ctx, const InfiniPass& p, real* D, real* lse) {
+    int64_t C = ctx.config->channels, KVhs = p.row_size() / 2;
+    Scratch scratch = ctx.scratch;
+    real* rotated = scratch.take(ctx.tokens() * (C + KVhs));
+    infini_runs(ctx, p, rotated, [&](const InfiniRun& run) {
+        // A pending segment may have more keys than this pass has tokens, for which `scratch` was made.
+        RealVector transposed(run.pending ? softmax_forward_scratch(run.cu_k[1], p.kv_heads, p.hs) : 0);
+        softmax_forward(run.core, D, C, lse, run.pending ? Scratch{transposed.data(), (int64_t)transposed.size()} : scratch);
+    });
+}
+
+// From dD (N,C): dq, dk, dv in dqkv (N, qkv_size), overwritten. Pending tokens are constants: their dk, dv go nowhere.
+inline void infini_local_backward(const AttentionContext& ctx, const InfiniPass& p, const real* D, const real* lse, const real* dD, real* dqkv) {
+    const AttentionConfig& a = *ctx.config;
+    int64_t C = a.channels, stride = qkv_size(a), row_size = p.row_size();
+    Scratch scratch = ctx.scratch;
+    real* rotated = scratch.take(ctx.tokens() * (C + row_size / 2));
+    infini_runs(ctx, p, rotated, [&](const InfiniRun& run) {
+        RealVector dkv(run.pending ? run.cu_k[1] * row_size : 0);
+        SoftmaxGradients g{};
+        g.o = D;
+        g.lse = lse;
+        g.d_o = dD;
+        g.o_stride = g.do_stride = C;
+        g.dq = dqkv;
+        g.dk = run.pending ? dkv.data() : dqkv + C;
+        g.dv = g.dk + row_size / 2;
+        g.dq_stride = stride;
+        g.dk_stride = g.dv_stride = run.pending ? row_size : stride;
+        g.dk_head = g.dv_head = p.hs;
+        softmax_backward(run.core, g);
+        const InfiniSegment& s = p.segments[run.begin];
+        for (int i = 0; run.pending && i < s.q_len; i++)
+            memcpy(dqkv + (s.row + i) * stride + C, &dkv[(s.pending() + i) * row_size], row_size * sizeof(real));
+    });
+    if (a.positions == Positions::ROPE) rope(dqkv, stride, dqkv, stride, ctx.tokens(), a.heads + p.kv_heads, p.hs, infini_positions(p).data(), -1);
+}
+
+// ---- the memory ----------------------------------------------------------------------------------------------------------------------------------------
+// Tiles of QT tokens by hs, in one thread. A memory is z (hs), then M (hs,hs).
+
+// Φ(x) (rows,hs), for rows of x that are x_stride apart.
+inline void infini_features(int rows, int hs, const real* x, int64_t x_stride, real* features) {
+    for (int i = 0; i < rows; i++) {
+        const real* from = x + i * x_stride;
+        real* to = features + (int64_t)i * hs;
+#pragma omp simd
+        for (int c = 0; c < hs; c++) to[c] = from[c] > 0 ? from[c] + 1 : vexp(std::min(from[c], (real)0));
+    }
+}
+
+// R (rows,hs) = (ΦM)/den, den (rows) = Φ·z + ε.
+inline void infini_read(int rows, int hs, const real* features, const real* memory, real* R, real* den) {
+    tile_matmul(rows, hs, hs, features, hs, 1, memory + hs, hs, R, hs, false);
+    for (int i = 0; i < rows; i++) {
+        den[i] = dot(hs, features + (int64_t)i * hs, memory) + (real)1e-6;
+        real inverse = 1 / den[i];
+        for (int c = 0; c < hs; c++) R[(int64_t)i * hs + c] *= inverse;
+    }
+}
+
+inline void subtract_rows(int rows, int hs, const real* x, int64_t x_stride, const real* y, real* out) {  // out = x − y, (rows,hs)
+    for (int i = 0; i < rows; i++)
+        for (int c = 0; c < hs; c++) out[(int64_t)i * hs + c] = x[i * x_stride + c] - y[(int64_t)i * hs + c];
+}
+
+inline void add_column_sums(int rows, int hs, const real* x, real* sum) {
+    for (int i = 0; i < rows; i++)
+        for (int c = 0; c < hs; c++) sum[c] += x[(int64_t)i * hs + c];
+}
+
+inline RealVector infini_gates(const real* beta, int heads) {
+    RealVector g(heads);
+    for (int h = 0; h < heads; h++) g[h] = 1 / (1 + std::exp(-beta[h]));
+    return g;
+}
+
+// The memories after all full segments: M' = M + Φ(k)ᵀU, z' = z + Σ_t Φ(k_t). One thread takes a sequence and kv head from end to end.
+inline void infini_write(const InfiniPass& p) {
+    int hs = p.hs, num_seqs = (int)p.first.size() - 1;
+    int64_t size = p.memory_size(), KVhs = p.row_size() / 2;
+#pragma omp parallel
+    {
+        RealVector features((size_t)QT * hs), U((size_t)QT * hs), den(QT);
+#pragma omp for collapse(2) schedule(dynamic)
+        for (int seq = 0; seq < num_seqs; seq++)
+            for (int kv = 0; kv < p.kv_heads; kv++)
+                for (int i = p.first[seq]; i < p.first[seq + 1] && p.segments[i].write; i++) {
+                    const InfiniSegment& s = p.segments[i];
+                    const real* before = s.memory ? s.memory + kv * size : nullptr;
+                    real *z = s.write + kv * size, *M = z + hs;
+                    if (before) memcpy(z, before, size * sizeof(real));
+                    else std::fill_n(z, hs, p.z_start()), std::fill_n(M, (int64_t)hs * hs, (real)0);
+                    for (int t = 0; t < s.k_len; t += QT) {
+                        int rows = std::min(QT, s.k_len - t);
+                        int64_t stride = p.key_stride(s);
+                        const real *k = p.keys(s) + t * stride + kv * hs, *v = k + KVhs;
+                        infini_features(rows, hs, k, stride, features.data());
+                        if (p.delta() && before) {
+                            infini_read(rows, hs, features.data(), before, U.data(), den.data());  // V̂
+                            subtract_rows(rows, hs, v, stride, U.data(), U.data());
+                            v = U.data();
+                            stride = hs;
+                        }
+                        tile_matmul(hs, hs, rows, features.data(), 1, hs, v, stride, M, hs, true);
+                        add_column_sums(rows, hs, features.data(), z);
+                    }
+                }
+    }
+}
+
+// A = g·R + (1−g)·D, (N,C); A may be D.
+inline void infini_retrieve(const InfiniPass& p, const real* beta, const real* D, real* A) {
+    const AttentionConfig& a = *p.config;
+    int hs = p.hs, C = a.channels;
+    RealVector gates = infini_gates(beta, a.heads);
+    std::vector<Tile> tiles = make_tiles((int)p.segments.size(), p.cu_q.data(), QT);
+#pragma omp parallel
+    {
+        RealVector features((size_t)QT * hs), R((size_t)QT * hs), den(QT);
+#pragma omp for collapse(2) schedule(static)
+        for (size_t t = 0; t < tiles.size(); t++)
+            for (int h = 0; h < a.heads; h++) {
+                const InfiniSegment& s = p.segments[tiles[t].seq];
+                int rows = std::min(QT, s.q_len - tiles[t].start);
+                int64_t row = s.row + tiles[t].start;
+                real g = p.gated(s) ? gates[h] : 0;
+                if (s.memory) {
+                    infini_features(rows, hs, p.qkv + row * qkv_size(a) + h * hs, qkv_size(a), features.data());
+                    infini_read(rows, hs, features.data(), s.memory + h / p.group * p.memory_size(), R.data(), den.data());
+                }
+                for (int i = 0; i < rows; i++)
+                    for (int c = 0; c < hs; c++) {
+                        int64_t at = (row + i) * C + h * hs + c;
+                        A[at] = (1 - g) * D[at] + (s.memory ? g * R[(size_t)i * hs + c] : 0);
+                    }
+            }
+    }
+}
+
+// Backward of A = g·R + (1−g)·D and of R = n/den, n = Φ(q)M, den = Φ(q)·z + ε:
+//
+//     dβ += g(1−g)·Σ dA⊙(R−D)      dD = (1−g)·dA      dR = g·dA      dn = dR/den      dden = −Σ_c dR⊙R / den
+//
+// dD takes the place of dA (N,C); dn (N,C) and dden (N,NH) are filled where something was read. An empty memory reads R = 0 and has no other gradient.
+inline void infini_gate_backward(const InfiniPass& p, const real* beta, real* dbeta, const real* D, real* dA, real* dn, real* dden) {
+    const AttentionConfig& a = *p.config;
+    int hs = p.hs, C = a.channels;
+    RealVector gates = infini_gates(beta, a.heads);
+    std::vector<Tile> tiles = make_tiles((int)p.segments.size(), p.cu_q.data(), QT);
+    RealVector partial(tiles.size() * a.heads);  // sums are added tile after tile, whatever the number of threads
+#pragma omp parallel
+    {
+        RealVector features((size_t)QT * hs), R((size_t)QT * hs), den(QT);
+#pragma omp for collapse(2) schedule(static)
+        for (size_t t = 0; t < tiles.size(); t++)
+            for (int h = 0; h < a.heads; h++) {
+                const InfiniSegment& s = p.segments[tiles[t].seq];
+                if (!p.gated(s)) continue;
+                int rows = std::min(QT, s.q_len - tiles[t].start);
+                int64_t row = s.row + tiles[t].start;
+                real g = gates[h], sum = 0;
+                if (s.memory) {
+                    infini_features(rows, hs, p.qkv + row * qkv_size(a) + h * hs, qkv_size(a), features.data());
+                    infini_read(rows, hs, features.data(), s.memory + h / p.group * p.memory_size(), R.data(), den.data());
+                }
+                for (int i = 0; i < rows; i++) {
+                    int64_t at = (row + i) * C + h * hs;
+                    real *dAi = dA + at, *r = &R[(size_t)i * hs], gA_R = 0;
+                    if (s.memory) {
+                        gA_R = dot(hs, dAi, r);
+                        for (int c = 0; c < hs; c++) dn[at + c] = g * dAi[c] / den[i];
+                        dden[(row + i) * a.heads + h] = -g * gA_R / den[i];
+                    }
+                    sum += gA_R - dot(hs, dAi, D + at);
+                    for (int c = 0; c < hs; c++) dAi[c] *= 1 - g;
+                }
+                partial[t * a.heads + h] = g * (1 - g) * sum;
+            }
+    }
+    for (size_t t = 0; t < tiles.size(); t++)
+        for (int h = 0; h < a.heads; h++) dbeta[h] += partial[t * a.heads + h];
+}
+
+// dx (rows,hs), dx_stride apart, += dΦ⊙Φ'(x), Φ'(x) = min(1, Φ(x)).
+inline void infini_features_backward(int rows, int hs, const real* features, const real* dfeatures, real* dx, int64_t dx_stride) {
+    for (int i = 0; i < rows; i++)
+        for (int c = 0; c < hs; c++) {
+            int64_t at = (int64_t)i * hs + c;
+            dx[i * dx_stride + c] += dfeatures[at] * std::min((real)1, features[at]);
+        }
+}
+
+// dΦ (rows,hs) += dden·zᵀ
+inline void add_outer(int rows, int hs, const real* dden, int64_t dden_stride, const real* z, real* dfeatures) {
+    for (int i = 0; i < rows; i++)
+        for (int c = 0; c < hs; c++) dfeatures[(int64_t)i * hs + c] += dden[i * dden_stride] * z[c];
+}
+
+// dΦ(q) = dn·Mᵀ + dden·zᵀ,  dq += dΦ(q)⊙Φ'(q)
+inline void infini_query_backward(const InfiniPass& p, const real* dn, const real* dden, real* dqkv) {
+    const AttentionConfig& a = *p.config;
+    int hs = p.hs, C = a.channels;
+    int64_t stride = qkv_size(a);
+#pragma omp parallel
+    {
+        RealVector features((size_t)QT * hs), dfeatures((size_t)QT * hs), transposed((size_t)hs * hs);
+#pragma omp for collapse(2) schedule(static)
+        for (size_t i = 0; i < p.segments.size(); i++)
+            for (int h = 0; h < a.heads; h++) {
+                const InfiniSegment& s = p.segments[i];
+                if (!s.memory) continue;
+                const real *z = s.memory + h / p.group * p.memory_size(), *M = z + hs;
+                tile_transpose(hs, hs, M, hs, transposed.data(), hs);
+                for (int t = 0; t < s.q_len; t += QT) {
+                    int rows = std::min(QT, s.q_len - t);
+                    int64_t row = s.row + t;
+                    infini_features(rows, hs, p.qkv + row * stride + h * hs, stride, features.data());
+                    tile_matmul(rows, hs, hs, dn + row * C + h * hs, C, 1, transposed.data(), hs, dfeatures.data(), hs, false);
+                    add_outer(rows, hs, dden + row * a.heads + h, a.heads, z, dfeatures.data());
+                    infini_features_backward(rows, hs, features.data(), dfeatures.data(), dqkv + row * stride + h * hs, stride);
+                }
+            }
+    }
+}
+
+// One kv head on its way backward through a sequence: the gradient of the memory, and tiles.
+struct InfiniMemoryGradient {
+    RealVector d, after, transposed, before_transposed, features, dfeatures, dU, U, V, dn, den, dden;
+    explicit InfiniMemoryGradient(int hs)
+        : d(hs * (hs + 1)), after(hs * (hs + 1)), transposed(hs * hs), before_transposed(hs * hs), features(QT * hs), dfeatures(QT * hs), dU(QT * hs), U(QT * hs), V(QT * hs),
+          dn(QT * hs), den(QT), dden(QT) {}
+};
+
+// From dM', dz' after full segment s: dk += , dv += ; and with delta dM += , dz += , which hold dM', dz' (the identity path) already.
+//
+//     dU = Φ(k)dM'      dv += dU      dΦ(k) = U·dM'ᵀ + 1·dz'ᵀ
+//     delta: n = Φ(k)M, den = Φ(k)·z + ε, V̂ = n/den, U = v − V̂:  dn = −dU/den      dden = Σ_c dU⊙V̂ / den
+//            dΦ(k) += dn·Mᵀ + dden·zᵀ      dM += Φ(k)ᵀdn      dz += Φ(k)ᵀdden
+inline void infini_write_backward(const InfiniPass& p, const InfiniSegment& s, int kv, InfiniMemoryGradient& w, real* dqkv) {
+    int hs = p.hs, KVhs = p.kv_heads * hs, C = p.config->channels;
+    int64_t stride = qkv_size(*p.config);
+    const real* before = p.delta() && s.memory ? s.memory + kv * p.memory_size() : nullptr;
+    real *dz = w.d.data(), *dM = dz + hs, *features = w.features.data(), *dfeatures = w.dfeatures.data(), *dU = w.dU.data();
+    w.after = w.d;
+    tile_transpose(hs, hs, dM, hs, w.transposed.data(), hs);
+    if (before) tile_transpose(hs, hs, before + hs, hs, w.before_transposed.data(), hs);
+    for (int t = 0; t < s.q_len; t += QT) {
+        int rows = std::min(QT, s.q_len - t);
+        int64_t row = s.row + t, U_stride = stride;
+        const real *k = p.qkv + row * stride + C + kv * hs, *U = k + KVhs;
+        real *dk = dqkv + row * stride + C + kv * hs, *dv = dk + KVhs;
+        infini_features(rows, hs, k, stride, features);
+        tile_matmul(rows, hs, hs, features, hs, 1, w.after.data() + hs, hs, dU, hs, false);
+        if (before) {
+            infini_read(rows, hs, features, before, w.V.data(), w.den.data());
+            subtract_rows(rows, hs, U, stride, w.V.data(), w.U.data());
+            U = w.U.data();
+            U_stride = hs;
+        }
+        for (int i = 0; i < rows; i++)
+            for (int c = 0; c < hs; c++) dv[i * stride + c] += dU[i * hs + c];
+        for (int i = 0; i < rows; i++) memcpy(dfeatures + i * hs, w.after.data(), hs * sizeof(real));  // 1·dz'ᵀ
+        tile_matmul(rows, hs, hs, U, U_stride, 1, w.transposed.data(), hs, dfeatures, hs, true);
+        if (before) {
+            for (int i = 0; i < rows; i++) {
+                for (int c = 0; c < hs; c++) w.dn[i * hs + c] = -dU[i * hs + c] / w.den[i];
+                w.dden[i] = dot(hs, dU + i * hs, &w.V[i * hs]) / w.den[i];
+            }
+            tile_matmul(rows, hs, hs, w.dn.data(), hs, 1, w.before_transposed.data(), hs, dfeatures, hs, true);
+            add_outer(rows, hs, w.dden.data(), 1, before, dfeatures);
+            tile_matmul(hs, hs, rows, features, 1, hs, w.dn.data(), hs, dM, hs, true);
+            tile_matmul(1, hs, rows, w.dden.data(), 0, 1, features, hs, dz, hs, true);
+        }
+        infini_features_backward(rows, hs, features, dfeatures, dk, stride);
+    }
+}
+
+// The memory from the last segment to the first, dM = dz = 0 behind the last: what a segment has written, then what it has read, dM += Φ(q)ᵀdn,
+// dz += Φ(q)ᵀdden. What the first reads is constant. One thread takes a sequence and kv head from end to end, so that every sum has one order.
+inline void infini_memory_backward(const InfiniPass& p, const real* dn, const real* dden, real* dqkv) {
+    const AttentionConfig& a = *p.config;
+    int hs = p.hs, C = a.channels, num_seqs = (int)p.first.size() - 1;
+#pragma omp parallel
+    {
+        InfiniMemoryGradient w(hs);
+#pragma omp for collapse(2) schedule(dynamic)
+        for (int seq = 0; seq < num_seqs; seq++)
+            for (int kv = 0; kv < p.kv_heads; kv++) {
+                std::fill(w.d.begin(), w.d.end(), (real)0);
+                real *dz = w.d.data(), *dM = dz + hs;
+                for (int i = p.first[seq + 1] - 1; i >= p.first[seq]; i--) {
+                    const InfiniSegment& s = p.segments[i];
+                    if (i < p.first[seq + 1] - 1) infini_write_backward(p, s, kv, w, dqkv);
+                    if (i == p.first[seq]) break;
+                    for (int h = kv * p.group; h < (kv + 1) * p.group; h++)
+                        for (int t = 0; t < s.q_len; t += QT) {
+                            int rows = std::min(QT, s.q_len - t);
+                            int64_t row = s.row + t;
+                            infini_features(rows, hs, p.qkv + row * qkv_size(a) + h * hs, qkv_size(a), w.features.data());
+                            tile_matmul(hs, hs, rows, w.features.data(), 1, hs, dn + row * C + h * hs, C, dM, hs, true);
+                            tile_matmul(1, hs, rows, dden + row * a.heads + h, 0, a.heads, w.features.data(), hs, dz, hs, true);
+                        }
+                }
+            }
+    }
+}
+
+// ---- the layer -------------------------------------------------------------------------------------------------------------------------------------------
+
+// Leaves the state of sequence s behind this pass in `to`, which may be the block that it started from.
+inline void infini_leave(const AttentionContext& ctx, const InfiniPass& p, int s, real* to) {
+    int64_t memory_size = p.kv_heads * p.memory_size(), row_size = p.row_size();
+    int n = ctx.cu_seqlens[s + 1] - ctx.cu_seqlens[s], S = (*p.config)["segment"], old = p.block[s] ? (int)p.block[s][INFINI_PENDING] : 0, pending = (old + n) % S;
+    const real* memory = p.block[s] && p.block[s][INFINI_WRITTEN] > 0 ? p.block[s] + INFINI_MEMORY : nullptr;
+    for (int i = p.first[s]; i < p.first[s + 1]; i++)
+        if (p.segments[i].write) memory = p.segments[i].write;
+    if (!memory) std::fill_n(to + INFINI_MEMORY, memory_size, (real)0);
+    else if (memory != to + INFINI_MEMORY) memcpy(to + INFINI_MEMORY, memory, memory_size * sizeof(real));
+    real* rows = to + INFINI_MEMORY + memory_size;
+    int kept = std::max(0, pending - n);  // nothing was completed: these were pending before
+    if (kept > 0 && to != p.block[s]) memcpy(rows, p.rows(s), kept * row_size * sizeof(real));
+    for (int i = kept; i < pending; i++)
+        memcpy(rows + i * row_size, p.qkv + (ctx.cu_seqlens[s + 1] - pending + i) * qkv_size(*p.config) + p.config->channels, row_size * sizeof(real));
+    to[INFINI_PENDING] = (real)pending;
+    to[INFINI_WRITTEN] = memory ? 1 : 0;
+}
+
+// The states that sequences start from in forward(): those of lanes are copied to saved["carry"] when forward() begins, and found there by backward(),
+// null for the others.
+inline std::vector<real*> infini_carried(const AttentionContext& ctx, const Tensors& saved, bool copy) {
+    std::vector<real*> block(ctx.num_seqs);
+    real* carry = saved["carry"];
+    int64_t size = infini_state(*ctx.config).per_sequence, lane = 0;
+    for (int s = 0; s < ctx.num_seqs && ctx.memory_from; s++) {
+        if (!ctx.memory_from[s]) continue;
+        assert(lane < saved.specs[saved.find("carry")].shape[0]);
+        block[s] = carry + lane++ * size;
+        if (copy) memcpy(block[s], ctx.memory_from[s], size * sizeof(real));
+    }
+    return block;
+}
+
+inline void infini_forward(const AttentionContext& ctx, const Tensors& parameters, const Tensors& saved, const real* x, const real* residual, real* out) {
+    const AttentionConfig& a = *ctx.config;
+    int64_t N = ctx.tokens(), C = a.channels;
+    AttentionContext rest = ctx;
+    real *qkv = saved["qkv"], *A = rest.scratch.take(N * C);
+    linear_forward(qkv, x, parameters["wqkv"], parameters["bqkv"], N, C, qkv_size(a));
+    InfiniPass p = infini_pass(ctx, qkv, infini_carried(ctx, saved, true), saved["memory"]);
+    infini_local_forward(rest, p, saved["d"], saved["lse"]);
+    infini_write(p);
+    infini_retrieve(p, parameters["beta"], saved["d"], A);
+    for (int s = 0; s < ctx.num_seqs && ctx.memory_to; s++)
+        if (ctx.memory_to[s]) infini_leave(ctx, p, s, ctx.memory_to[s]);
+    output_forward(rest, A, C, parameters["wo"], parameters["bo"], residual, out);
+}
+
+// Gradients stop at the border between two passes: the memory and the pending tokens that a sequence came with are constants.
+inline void infini_backward(const AttentionContext& ctx, const Tensors& parameters, const Tensors& gradients, const Tensors& saved, const real* x, const real* dout,
+                            real* dx) {
+    const AttentionConfig& a = *ctx.config;
+    int64_t N = ctx.tokens(), C = a.channels;
+    AttentionContext rest = ctx;
+    real *A = rest.scratch.take(N * C), *dA = rest.scratch.take(N * C), *dden = rest.scratch.take(N * a.heads), *dqkv = rest.scratch.take(N * qkv_size(a));
+    InfiniPass p = infini_pass(ctx, saved["qkv"], infini_carried(ctx, saved, false), saved["memory"]);
+    infini_retrieve(p, parameters["beta"], saved["d"], A);
+    output_backward(rest, A, C, parameters["wo"], dout, dA, gradients["wo"], gradients["bo"]);
+    real *dD = dA, *dn = A;  // which are needed no more
+    infini_gate_backward(p, parameters["beta"], gradients["beta"], saved["d"], dA, dn, dden);
+    infini_local_backward(rest, p, saved["d"], saved["lse"], dD, dqkv);
+    infini_query_backward(p, dn, dden, dqkv);
+    infini_memory_backward(p, dn, dden, dqkv);
+    linear_backward(dx, false, gradients["wqkv"], gradients["bqkv"], dqkv, x, parameters["wqkv"], N, C, qkv_size(a));
+}
+
+inline void infini_extend(const AttentionContext& ctx, const Tensors& parameters, const real* x, const real* residual, real* out) {
+    const AttentionConfig& a = *ctx.config;
+    int64_t N = ctx.tokens(), C = a.channels;
+    AttentionContext rest = ctx;
+    real *qkv = rest.scratch.take(N * qkv_size(a)), *A = rest.scratch.take(N * C);
+    real* memories = rest.scratch.take((N / a["segment"] + ctx.num_seqs) * infini_memory_size(a));
+    linear_forward(qkv, x, parameters["wqkv"], parameters["bqkv"], N, C, qkv_size(a));
+    std::vector<real*> block;
+    for (int s = 0; s < ctx.num_seqs; s++) block.push_back(ctx.states[s].fixed);
+    InfiniPass p = infini_pass(ctx, qkv, block, memories);
+    infini_local_forward(rest, p, A, nullptr);
+    infini_write(p);
+    infini_retrieve(p, parameters["beta"], A, A);
+    for (int s = 0; s < ctx.num_seqs; s++) infini_leave(ctx, p, s, ctx.states[s].fixed);
+    output_forward(rest, A, C, parameters["wo"], parameters["bo"], residual, out);
+}
+
+inline Attention infini_attention() { return {"infini", infini_saved, infini_scratch, infini_forward, infini_backward, infini_extend}; }
+
+}  // namespace cpu
+
+// --------------------------------------------------------------------------------------------------------------------------------------------------
+// 5. Lightning attention (Qin et al., Lightning Attention-2, arXiv 2401.04658; the layer is that of MiniMax-01, arXiv 2501.08313)
+//
+//     q, k, v = SiLU(x·Wqkvᵀ)      S_t = e^{−s}·S_{t−1} + k_tᵀv_t      o_t = c·q_t·S_t      out = residual + (RMSNorm(o; gain)⊙sigmoid(x·Wgᵀ))·Woᵀ
+//
+// Linear attention with a decay s >= 0 a head: no softmax, no denominator, and instead of a growing cache one matrix S (hs,hs) a head. RMSNorm goes over
+// all heads together; no biases, no rotary positions. In chunks of n tokens, with S the state before the chunk and M_ij = e^{−s(i−j)} for i >= j, else 0:
+//
+//     P = (QKᵀ)⊙M      O = c·(PV + diag(e^{−s(i+1)})·Q·S)      S' = e^{−sn}·S + (diag(e^{−s(n−1−i)})·K)ᵀV
+//
+// The exponents are differences of places, never negative, so that no factor exceeds 1 however fast a head decays. Two schemes share these steps and give
+// the same bits: `sequential`, one thread takes a sequence and head from chunk to chunk; `parallel`, first what every chunk adds to the state, then
+// a scan over the chunks, then all outputs. `auto` takes the first, which computes k and v once, where it keeps all threads busy.
+// --decay: minimax  s = 2^{−8(h+1)/NH}·(1 − l/(L−1+1e-5) + 1e-5), c = 1;   fla  s = (8h/NH)·(1 − l/L), c = 1/√hs;   none  s = 0, c = 1.
+//
+// Wqkv (3C,C): rows of q, then k, then v, each head by head; gain (C); Wg, Wo (C,C).
+// Saves x·Wqkvᵀ and x·Wgᵀ before their nonlinearities, o before the norm, its 1/rms, and S at the chunks' borders (recomputing those would need as much
+// scratch): N·(5C + 1 + C·hs/LIGHTNING_CHUNK) numbers, and S for each carried memory. State: S, C·hs numbers whatever the length.
+// FLOPs: a token, forward, 10·C² in the projections and 4·C·(chunk/2 + hs): linear in T.
+
+constexpr int LIGHTNING_CHUNK = 64;
+
+enum LightningDecay { DECAY_MINIMAX, DECAY_FLA, DECAY_NONE };
+enum LightningScheme { SCHEME_AUTO, SCHEME_SEQUENTIAL, SCHEME_PARALLEL };
+
+inline double lightning_slope(const AttentionConfig& a, int h) {
+    double l = a.layer, L = a.layers, NH = a.heads;
+    if (a["decay"] == DECAY_MINIMAX) return std::exp2(-8 * (h + 1) / NH) * (1 - l / (L - 1 + 1e-5) + 1e-5);
+    if (a["decay"] == DECAY_FLA) return 8 * h / NH * (1 - l / L);
+    return 0;
+}
+
+inline double lightning_scale(const AttentionConfig& a) { return a["decay"] == DECAY_FLA ? 1 / std::sqrt((double)a.head_size()) : 1; }
+
+inline std::vector<TensorSpec> lightning_parameters(const AttentionConfig& a) {
+    int64_t C = a.channels;
+    return {matrix_spec("wqkv", 3 * C, C, 0.02), vector_spec("gain", C, 1), matrix_spec("wg", C, C, 0.02), matrix_spec("wo", C, C, a.residual_std())};
+}
+
+inline void lightning_resolve(AttentionConfig&) {}  // every configuration is possible
+
+inline AttentionStateSize lightning_state(const AttentionConfig& a) { return {0, (int64_t)a.channels * a.head_size()}; }
+
+inline double lightning_flops(const AttentionConfig& a, double T) {
+    double C = a.channels, chunk = std::min(T, (double)LIGHTNING_CHUNK);
+    return 10 * C * C + 4 * C * (visible_mean(chunk, 0) + a.head_size());
+}
+
+inline AttentionDescription lightning_description() {
+    return {"lightning",
+            "linear attention with decay, a state of constant size (MiniMax-01)",
+            {{"decay", "how fast each head forgets: minimax, fla (head 0 never), none", DECAY_MINIMAX, 0, 2, {"minimax", "fla", "none"}},
+             {"scheme", "which work is done in parallel, with the same result: auto, sequential (heads), parallel (chunks)", SCHEME_AUTO, 0, 2,
+              {"auto", "sequential", "parallel"}}},
+            lightning_resolve,
+            lightning_parameters,
+            lightning_state,
+            lightning_flops,
+            /*learned_positions*/ false,
+            /*recurrent*/ true};
+}
+
+namespace cpu {
+
+// ---- The recurrence: q, k, v from u = x·Wqkvᵀ (N,3C) and back, o (N,C) -----------------------------------------------------------------------------------
+
+// y = u·σ(u), σ(u) = 1/(1 + e^{−u}):  y (n,d) contiguous, u (n,d) with rows u_stride apart.
+inline void silu_forward(real* y, const real* u, int64_t u_stride, int n, int d) {
+    for (int i = 0; i < n; i++)
+#pragma omp simd
+        for (int c = 0; c < d; c++) y[i * d + c] = u[i * u_stride + c] / (1 + vexp(-u[i * u_stride + c]));
+}
+
+// du = dy⊙σ⊙(1 + u⊙(1−σ)), in place: `du` holds dy (n,d). Rows of both are `stride` apart.
+inline void silu_backward(real* du, const real* u, int64_t stride, int n, int d) {
+    for (int i = 0; i < n; i++)
+#pragma omp simd
+        for (int c = 0; c < d; c++) {
+            real x = u[i * stride + c], sigma = 1 / (1 + vexp(-x));
+            du[i * stride + c] *= sigma * (1 + x * (1 - sigma));
+        }
+}
+
+// A chunk and the states at its two borders, all heads of them (NH,hs,hs). Null: zero where it is read, nowhere where it is written.
+struct LightningChunk {
+    int64_t row;                    // its first token among the N
+    int n;                          // tokens in it
+    real* S = nullptr;              // before it
+    real* S_next = nullptr;         // behind it
+    const real* dS_next = nullptr;  // their gradients
+    real* dS = nullptr;
+};
+
+struct Lightning {
+    int num_seqs, heads, hs;
+    int64_t C;
+    real scale;                          // c
+    RealVector decays;            // (NH, LIGHTNING_CHUNK+1): e^{−s·d}
+    std::vector<LightningChunk> chunks;  // of all sequences
+    std::vector<int> first;              // (num_seqs+1): a sequence's chunks among them
+    bool sequential;
+
+    const real* decay(int h) const { return &decays[(size_t)h * (LIGHTNING_CHUNK + 1)]; }
+    int64_t state_size() const { return C * hs; }
+    int64_t head_state(int h) const { return (int64_t)h * hs * hs; }
+};
+
+// One head's part of a state, which may be null.
+template <class T>
+T* at_head(const Lightning& g, T* state, int h) { return state ? state + g.head_state(h) : nullptr; }
+
+inline Lightning make_lightning(const AttentionContext& ctx) {
+    const AttentionConfig& a = *ctx.config;
+    Lightning g{};
+    g.num_seqs = ctx.num_seqs;
+    g.heads = a.heads;
+    g.hs = a.head_size();
+    g.C = a.channels;
+    g.scale = (real)lightning_scale(a);
+    int64_t longest = 0;
+    for (int s = 0; s < ctx.num_seqs; s++) {
+        int begin = ctx.cu_seqlens[s], end = ctx.cu_seqlens[s + 1];
+        longest = std::max<int64_t>(longest, end - begin);
+        g.first.push_back((int)g.chunks.size());
+        for (int row = begin; row < end; row += LIGHTNING_CHUNK) {
+            LightningChunk chunk{};
+            chunk.row = row;
+            chunk.n = std::min(LIGHTNING_CHUNK, end - row);
+            g.chunks.push_back(chunk);
+        }
+    }
+    g.first.push_back((int)g.chunks.size());
+    g.decays.resize((size_t)a.heads * (LIGHTNING_CHUNK + 1));
+    for (int h = 0; h < a.heads; h++) {
+        double slope = lightning_slope(a, h);
+        for (int d = 0; d <= std::min<int64_t>(LIGHTNING_CHUNK, longest); d++) g.decays[h * (LIGHTNING_CHUNK + 1) + d] = (real)std::exp(-slope * d);
+    }
+    // The parallel scheme computes an eighth to a quarter more; the sequential one ends when the last thread does.
+    int64_t threads = num_threads(), items = (int64_t)ctx.num_seqs * a.heads, rounds = (items + threads - 1) / threads;
+    g.sequential = a["scheme"] == SCHEME_AUTO ? 4 * rounds * longest * threads <= 5 * ctx.tokens() * a.heads : a["scheme"] == SCHEME_SEQUENTIAL;
+    return g;
+}
+
+// One thread's working memory.
+struct LightningTiles {
+    RealVector q, k, v, d_o, P, dP, transposed, scaled, own;
+    explicit LightningTiles(int hs) {
+        size_t rows = (size_t)LIGHTNING_CHUNK * hs, square = (size_t)LIGHTNING_CHUNK * LIGHTNING_CHUNK, state = (size_t)hs * hs;
+        for (RealVector* tile : {&q, &k, &v, &d_o, &scaled}) tile->resize(rows);
+        for (RealVector* tile : {&P, &dP}) tile->resize(square);
+        own.resize(state);
+        transposed.resize(std::max(rows, state));
+    }
+};
+
+enum LightningPart { PART_Q, PART_K, PART_V };
+
+// q, k or v of a chunk and head, (n,hs).
+inline void lightning_load(const Lightning& g, const LightningChunk& chunk, int h, const real* u, LightningPart part, RealVector& tile) {
+    silu_forward(tile.data(), u + chunk.row * 3 * g.C + part * g.C + h * g.hs, 3 * g.C, chunk.n, g.hs);
+}
+
+// to (n,d) = diag(f)·from, f_i = scale·decay[first + step·i].
+inline void scale_rows(real* to, const real* from, int n, int d, real scale, const real* decay, int first, int step) {
+    for (int i = 0; i < n; i++) {
+        real f = scale * decay[first + step * i];
+        for (int c = 0; c < d; c++) to[i * d + c] = f * from[i * d + c];
+    }
+}
+
+// P (n,n) = c·(A·Bᵀ)⊙M; A, B (n,hs).
+inline void lightning_scores(const Lightning& g, int n, int h, const RealVector& A, const RealVector& B, LightningTiles& t, RealVector& P) {
+    const real* decay = g.decay(h);
+    tile_transpose(n, g.hs, B.data(), g.hs, t.transposed.data(), n);
+    tile_matmul(n, n, g.hs, A.data(), g.hs, 1, t.transposed.data(), n, P.data(), n, false);
+    for (int i = 0; i < n; i++) {
+        for (int j = 0; j <= i; j++) P[i * n + j] *= g.scale * decay[i - j];
+        for (int j = i + 1; j < n; j++) P[i * n + j] = 0;
+    }
+}
+
+// O = c·(PV + diag(e^{−s(i+1)})·Q·S)
+inline void lightning_chunk_forward(const Lightning& g, const LightningChunk& chunk, int h, LightningTiles& t, real* o) {
+    int n = chunk.n, hs = g.hs;
+    real* o_rows = o + chunk.row * g.C + h * hs;
+    lightning_scores(g, n, h, t.q, t.k, t, t.P);
+    tile_matmul(n, hs, n, t.P.data(), n, 1, t.v.data(), hs, o_rows, g.C, false);
+    if (!chunk.S) return;
+    scale_rows(t.scaled.data(), t.q.data(), n, hs, g.scale, g.decay(h), 1, 1);
+    tile_matmul(n, hs, hs, t.scaled.data(), hs, 1, chunk.S + g.head_state(h), hs, o_rows, g.C, true);
+}
+
+// What the chunk adds to the state: own (hs,hs) = (diag(e^{−s(n−1−i)})·K)ᵀV
+inline void lightning_own_forward(const Lightning& g, const LightningChunk& chunk, int h, LightningTiles& t, real* own) {
+    scale_rows(t.scaled.data(), t.k.data(), chunk.n, g.hs, 1, g.decay(h), chunk.n - 1, -1);
+    tile_matmul(g.hs, g.hs, chunk.n, t.scaled.data(), 1, g.hs, t.v.data(), g.hs, own, g.hs, false);
+}
+
+// dP = c·(dO·Vᵀ)⊙M                          dQ = dP·K + c·diag(e^{−s(i+1)})·dO·Sᵀ
+// dK = dPᵀ·Q + diag(e^{−s(n−1−i)})·V·dS'ᵀ      dV = Pᵀ·dO + diag(e^{−s(n−1−i)})·K·dS'        (P holds c here), and through SiLU into du (N,3C).
+inline void lightning_chunk_backward(const Lightning& g, const LightningChunk& chunk, int h, LightningTiles& t, const real* u, real* du) {
+    int n = chunk.n, hs = g.hs;
+    int64_t stride = 3 * g.C, at = chunk.row * stride + h * hs;
+    real *dq = du + at, *dk = dq + g.C, *dv = dk + g.C;
+    lightning_scores(g, n, h, t.q, t.k, t, t.P);
+    lightning_scores(g, n, h, t.d_o, t.v, t, t.dP);
+    tile_matmul(n, hs, n, t.dP.data(), n, 1, t.k.data(), hs, dq, stride, false);
+    tile_matmul(n, hs, n, t.dP.data(), 1, n, t.q.data(), hs, dk, stride, false);
+    tile_matmul(n, hs, n, t.P.data(), 1, n, t.d_o.data(), hs, dv, stride, false);
+    if (chunk.S) {
+        tile_transpose(hs, hs, chunk.S + g.head_state(h), hs, t.transposed.data(), hs);
+        scale_rows(t.scaled.data(), t.d_o.data(), n, hs, g.scale, g.decay(h), 1, 1);
+        tile_matmul(n, hs, hs, t.scaled.data(), hs, 1, t.transposed.data(), hs, dq, stride, true);
+    }
+    if (chunk.dS_next) {
+        const real* dS = chunk.dS_next + g.head_state(h);
+        tile_transpose(hs, hs, dS, hs, t.transposed.data(), hs);
+        scale_rows(t.scaled.data(), t.v.data(), n, hs, 1, g.decay(h), n - 1, -1);
+        tile_matmul(n, hs, hs, t.scaled.data(), hs, 1, t.transposed.data(), hs, dk, stride, true);
+        scale_rows(t.scaled.data(), t.k.data(), n, hs, 1, g.decay(h), n - 1, -1);
+        tile_matmul(n, hs, hs, t.scaled.data(), hs, 1, dS, hs, dv, stride, true);
+    }
+    silu_backward(dq, u + at, stride, n, hs);
+    silu_backward(dk, u + at + g.C, stride, n, hs);
+    silu_backward(dv, u + at + 2 * g.C, stride, n, hs);
+}
+
+// What the chunk adds to the gradient of the state before it: own (hs,hs) = c·(diag(e^{−s(i+1)})·Q)ᵀdO
+inline void lightning_own_backward(const Lightning& g, const LightningChunk& chunk, int h, LightningTiles& t, real* own) {
+    scale_rows(t.scaled.data(), t.q.data(), chunk.n, g.hs, g.scale, g.decay(h), 1, 1);
+    tile_matmul(g.hs, g.hs, chunk.n, t.scaled.data(), 1, g.hs, t.d_o.data(), g.hs, own, g.hs, false);
+}
+
+// to = e^{−sn}·from + own, all (hs,hs): S from one border to the next, and dS the other way. `to` may be `from` or `own`; `from` null is zero.
+inline void lightning_advance(const Lightning& g, const LightningChunk& chunk, int h, real* to, const real* from, const real* own) {
+    real f = g.decay(h)[chunk.n];
+    for (int c = 0; c < g.hs * g.hs; c++) to[c] = from ? f * from[c] + own[c] : own[c];
+}
+
+inline void lightning_load_backward(const Lightning& g, const LightningChunk& chunk, int h, const real* d_o, LightningTiles& t) {
+    for (int i = 0; i < chunk.n; i++) memcpy(&t.d_o[(size_t)i * g.hs], d_o + (chunk.row + i) * g.C + h * g.hs, g.hs * sizeof(real));
+}
+
+// One sequence and head from its first chunk to its last.
+inline void lightning_sequence_forward(const Lightning& g, int s, int h, LightningTiles& t, const real* u, real* o) {
+    for (int i = g.first[s]; i < g.first[s + 1]; i++) {
+        const LightningChunk& chunk = g.chunks[i];
+        lightning_load(g, chunk, h, u, PART_Q, t.q);
+        lightning_load(g, chunk, h, u, PART_K, t.k);
+        lightning_load(g, chunk, h, u, PART_V, t.v);
+        lightning_chunk_forward(g, chunk, h, t, o);
+        if (!chunk.S_next) continue;
+        lightning_own_forward(g, chunk, h, t, t.own.data());
+        lightning_advance(g, chunk, h, at_head(g, chunk.S_next, h), at_head(g, chunk.S, h), t.own.data());
+    }
+}
+
+// o (N,C) and the states that the chunks point at, from u (N,3C).
+inline void lightning_recurrence_forward(const Lightning& g, const real* u, real* o) {
+    int num_chunks = (int)g.chunks.size();
+#pragma omp parallel
+    {
+        LightningTiles t(g.hs);
+        if (g.sequential) {
+#pragma omp for collapse(2) schedule(dynamic)
+            for (int s = 0; s < g.num_seqs; s++)
+                for (int h = 0; h < g.heads; h++) lightning_sequence_forward(g, s, h, t, u, o);
+        } else {
+#pragma omp for collapse(2) schedule(dynamic)  // what each chunk adds
+            for (int i = 0; i < num_chunks; i++)
+                for (int h = 0; h < g.heads; h++) {
+                    if (!g.chunks[i].S_next) continue;
+                    lightning_load(g, g.chunks[i], h, u, PART_K, t.k);
+                    lightning_load(g, g.chunks[i], h, u, PART_V, t.v);
+                    lightning_own_forward(g, g.chunks[i], h, t, at_head(g, g.chunks[i].S_next, h));
+                }
+#pragma omp for collapse(2) schedule(static)  // the scan
+            for (int s = 0; s < g.num_seqs; s++)
+                for (int h = 0; h < g.heads; h++)
+                    for (int i = g.first[s]; i < g.first[s + 1]; i++) {
+                        real* S_next = at_head(g, g.chunks[i].S_next, h);
+                        if (S_next) lightning_advance(g, g.chunks[i], h, S_next, at_head(g, g.chunks[i].S, h), S_next);
+                    }
+#pragma omp for collapse(2) schedule(dynamic)  // the outputs
+            for (int i = 0; i < num_chunks; i++)
+                for (int h = 0; h < g.heads; h++) {
+                    lightning_load(g, g.chunks[i], h, u, PART_Q, t.q);
+                    lightning_load(g, g.chunks[i], h, u, PART_K, t.k);
+                    lightning_load(g, g.chunks[i], h, u, PART_V, t.v);
+                    lightning_chunk_forward(g, g.chunks[i], h, t, o);
+                }
+        }
+    }
+}
+
+// One sequence and head from its last chunk to its first.
+inline void lightning_sequence_backward(const Lightning& g, int s, int h, LightningTiles& t, const real* u, const real* d_o, real* du) {
+    for (int i = g.first[s + 1] - 1; i >= g.first[s]; i--) {
+        const LightningChunk& chunk = g.chunks[i];
+        lightning_load(g, chunk, h, u, PART_Q, t.q);
+        lightning_load(g, chunk, h, u, PART_K, t.k);
+        lightning_load(g, chunk, h, u, PART_V, t.v);
+        lightning_load_backward(g, chunk, h, d_o, t);
+        lightning_chunk_backward(g, chunk, h, t, u, du);
+        if (!chunk.dS) continue;
+        lightning_own_backward(g, chunk, h, t, t.own.data());
+        lightning_advance(g, chunk, h, at_head(g, chunk.dS, h), at_head(g, chunk.dS_next, h), t.own.data());
+    }
+}
+
+// du (N,3C) and the states' gradients that the chunks point at, from d_o (N,C).
+inline void lightning_recurrence_backward(const Lightning& g, const real* u, const real* d_o, real* du) {
+    int num_chunks = (int)g.chunks.size();
+#pragma omp parallel
+    {
+        LightningTiles t(g.hs);
+        if (g.sequential) {
+#pragma omp for collapse(2) schedule(dynamic)
+            for (int s = 0; s < g.num_seqs; s++)
+                for (int h = 0; h < g.heads; h++) lightning_sequence_backward(g, s, h, t, u, d_o, du);
+        } else {
+#pragma omp for collapse(2) schedule(dynamic)  // what each chunk adds
+            for (int i = 0; i < num_chunks; i++)
+                for (int h = 0; h < g.heads; h++) {
+                    if (!g.chunks[i].dS) continue;
+                    lightning_load(g, g.chunks[i], h, u, PART_Q, t.q);
+                    lightning_load_backward(g, g.chunks[i], h, d_o, t);
+                    lightning_own_backward(g, g.chunks[i], h, t, at_head(g, g.chunks[i].dS, h));
+                }
+#pragma omp for collapse(2) schedule(static)  // the scan
+            for (int s = 0; s < g.num_seqs; s++)
+                for (int h = 0; h < g.heads; h++)
+                    for (int i = g.first[s + 1] - 1; i >= g.first[s]; i--) {
+                        real* dS = at_head(g, g.chunks[i].dS, h);
+                        if (dS) lightning_advance(g, g.chunks[i], h, dS, at_head(g, g.chunks[i].dS_next, h), dS);
+                    }
+#pragma omp for collapse(2) schedule(dynamic)  // the gradients
+            for (int i = 0; i < num_chunks; i++)
+                for (int h = 0; h < g.heads; h++) {
+                    lightning_load(g, g.chunks[i], h, u, PART_Q, t.q);
+                    lightning_load(g, g.chunks[i], h, u, PART_K, t.k);
+                    lightning_load(g, g.chunks[i], h, u, PART_V, t.v);
+                    lightning_load_backward(g, g.chunks[i], h, d_o, t);
+                    lightning_chunk_backward(g, g.chunks[i], h, t, u, du);
+                }
+        }
+    }
+}
+
+// ---- Borders: where the states between chunks stand ----------------------------------------------------------------------------------------------------
+// A sequence of m chunks has m−1 inner borders; over all sequences they number at most N/LIGHTNING_CHUNK. Behind them stand the carried memories that
+// sequences start from: forward copies them, since another sequence may leave its memory in the same place.
+
+inline int64_t lightning_borders(int64_t N) { return N / LIGHTNING_CHUNK; }
+
+template <class T>
+T* memory_of(T* const* memories, int s) { return memories ? memories[s] : nullptr; }
+
+// Points the chunks at S before and behind them, in saved["states"].
+inline void lightning_point_forward(const AttentionContext& ctx, Lightning& g, const Tensors& saved) {
+    real* states = saved["states"];
+    int64_t size = g.state_size(), inner = 0, carried = 0;
+    for (int s = 0; s < g.num_seqs; s++) inner += std::max(0, g.first[s + 1] - g.first[s] - 1);
+    real *border = states, *start = states + inner * size;
+    for (int s = 0; s < g.num_seqs; s++) {
+        if (g.first[s] == g.first[s + 1]) continue;
+        if (memory_of(ctx.memory_from, s)) g.chunks[g.first[s]].S = start + carried++ * size;
+        for (int i = g.first[s]; i + 1 < g.first[s + 1]; i++, border += size) g.chunks[i].S_next = border, g.chunks[i + 1].S = border;
+        g.chunks[g.first[s + 1] - 1].S_next = memory_of(ctx.memory_to, s);
+    }
+    assert(inner + carried <= saved.specs[saved.find("states")].shape[0]);
+}
+
+// The same for their gradients; `dstates` (borders, state_size).
+inline void lightning_point_backward(const AttentionContext& ctx, Lightning& g, real* dstates) {
+    real* border = dstates;
+    for (int s = 0; s < g.num_seqs; s++) {
+        if (g.first[s] == g.first[s + 1]) continue;
+        g.chunks[g.first[s]].dS = memory_of(ctx.dmemory_from, s);
+        for (int i = g.first[s]; i + 1 < g.first[s + 1]; i++, border += g.state_size()) g.chunks[i].dS_next = border, g.chunks[i + 1].dS = border;
+        g.chunks[g.first[s + 1] - 1].dS_next = memory_of(ctx.dmemory_to, s);
+    }
+}
+
+// Across an empty sequence memory and gradient pass unchanged.
+inline void pass_memory(real* to, const real* from, int64_t size) {
+    for (int64_t c = 0; c < size && to; c++) to[c] = from ? from[c] : 0;
+}
+
+// ---- The layer ------------------------------------------------------------------------------------------------------------------------------------------
+
+// z = y⊙σ(gate), y = RMSNorm(o; gain); all (N,C). rstd (N) or null. z may be o.
+inline void lightning_gate_forward(real* z, real* rstd, const real* o, const real* gate, const real* gain, int64_t N, int64_t C) {
+    rmsnorm_forward(z, C, rstd, o, C, gain, N, C);
+#pragma omp parallel for
+    for (int64_t n = 0; n < N; n++)
+#pragma omp simd
+        for (int64_t c = n * C; c < (n + 1) * C; c++) z[c] /= 1 + vexp(-gate[c]);
+}
+
+// dgate = dz⊙y⊙σ⊙(1−σ) = dz⊙z⊙(1−σ);  dy = dz⊙σ, and through the norm d_o, dgain +=. `dz` becomes d_o, `z` becomes dgate.
+inline void lightning_gate_backward(real* dz, real* z, real* dgain, const real* rstd, const real* o, const real* gate, const real* gain, int64_t N, int64_t C) {
+#pragma omp parallel for
+    for (int64_t n = 0; n < N; n++)
+#pragma omp simd
+        for (int64_t c = n * C; c < (n + 1) * C; c++) {
+            real sigma = 1 / (1 + vexp(-gate[c]));
+            z[c] = dz[c] * z[c] * (1 - sigma);
+            dz[c] *= sigma;
+        }
+    rmsnorm_backward(dz, C, dgain, dz, C, o, C, rstd, gain, N, C);
+}
+
+inline std::vector<TensorSpec> lightning_saved(const AttentionConfig& a, int64_t N, int lanes) {
+    int64_t C = a.channels;
+    return {buffer_spec("qkv", {N, 3 * C}), buffer_spec("o", {N, C}), buffer_spec("rstd", {N}, Storage::FLOAT32), buffer_spec("gate", {N, C}),
+            buffer_spec("states", {lightning_borders(N) + lanes, C * a.head_size()}, Storage::FLOAT32)};
+}
+
+inline int64_t lightning_scratch(const AttentionConfig& a, int64_t N, int64_t, int64_t, bool training) {
+    int64_t C = a.channels, branch = scratch_size({N * C});
+    int64_t forward = scratch_size({N * C}) + branch, extend = scratch_size({N * 3 * C, N * C, N * C}) + branch;
+    int64_t backward = scratch_size({N * C, N * C}) + std::max(branch, scratch_size({N * 3 * C, lightning_borders(N) * C * a.head_size()}));
+    return std::max(forward, training ? backward : extend);
+}
+
+inline void lightning_forward(const AttentionContext& ctx, const Tensors& parameters, const Tensors& saved, const real* x, const real* residual, real* out) {
+    int64_t N = ctx.tokens(), C = ctx.config->channels;
+    AttentionContext rest = ctx;
+    real *u = saved["qkv"], *gate = saved["gate"], *o = saved["o"], *z = rest.scratch.take(N * C);
+    linear_forward(u, x, parameters["wqkv"], nullptr, N, C, 3 * C);
+    linear_forward(gate, x, parameters["wg"], nullptr, N, C, C);
+    Lightning g = make_lightning(ctx);
+    lightning_point_forward(ctx, g, saved);
+    for (int s = 0; s < ctx.num_seqs; s++) {
+        const real* memory = memory_of(ctx.memory_from, s);
+        if (g.first[s] == g.first[s + 1]) pass_memory(memory_of(ctx.memory_to, s), memory, g.state_size());
+        else pass_memory(g.chunks[g.first[s]].S, memory, g.state_size());
+    }
+    lightning_recurrence_forward(g, u, o);
+    lightning_gate_forward(z, saved["rstd"], o, gate, parameters["gain"], N, C);
+    output_forward(rest, z, C, parameters["wo"], nullptr, residual, out);
+}
+
+// ctx.memory_from tells which sequences started from a memory, as in forward; what it points at is not read again.
+inline void lightning_backward(const AttentionContext& ctx, const Tensors& parameters, const Tensors& gradients, const Tensors& saved, const real* x,
+                               const real* dout, real* dx) {
+    int64_t N = ctx.tokens(), C = ctx.config->channels;
+    AttentionContext rest = ctx;
+    const real *u = saved["qkv"], *gate = saved["gate"], *o = saved["o"], *gain = parameters["gain"];
+    real *z = rest.scratch.take(N * C), *d_o = rest.scratch.take(N * C);
+    lightning_gate_forward(z, nullptr, o, gate, gain, N, C);
+    output_backward(rest, z, C, parameters["wo"], dout, d_o, gradients["wo"], nullptr);
+    lightning_gate_backward(d_o, z, gradients["gain"], saved["rstd"], o, gate, gain, N, C);
+    const real* dgate = z;
+
+    real *du = rest.scratch.take(N * 3 * C), *dstates = rest.scratch.take(lightning_borders(N) * C * ctx.config->head_size());
+    Lightning g = make_lightning(ctx);
+    lightning_point_forward(ctx, g, saved);
+    lightning_point_backward(ctx, g, dstates);
+    for (int s = 0; s < ctx.num_seqs; s++)
+        if (g.first[s] == g.first[s + 1]) pass_memory(memory_of(ctx.dmemory_from, s), memory_of(ctx.dmemory_to, s), g.state_size());
+    lightning_recurrence_backward(g, u, d_o, du);
+    linear_backward(dx, false, gradients["wqkv"], nullptr, du, x, parameters["wqkv"], N, C, 3 * C);
+    linear_backward(dx, true, gradients["wg"], nullptr, dgate, x, parameters["wg"], N, C, C);
+}
+
+// One token: the recurrence as it stands at the top of this section. u (3C), o (C) of the token; S (NH,hs,hs) is brought up to date.
+inline void lightning_step(const Lightning& g, int h, LightningTiles& t, const real* u, real* S, real* o) {
+    int hs = g.hs;
+    silu_forward(t.q.data(), u + h * hs, 0, 1, hs);
+    silu_forward(t.k.data(), u + g.C + h * hs, 0, 1, hs);
+    silu_forward(t.v.data(), u + 2 * g.C + h * hs, 0, 1, hs);
+    real f = g.decay(h)[1], *o_head = o + h * hs;
+    std::fill_n(o_head, hs, (real)0);
+    for (int i = 0; i < hs; i++) {
+        real *row = S + g.head_state(h) + (int64_t)i * hs, q = g.scale * t.q[i], k = t.k[i];
+        for (int j = 0; j < hs; j++) {
+            row[j] = f * row[j] + k * t.v[j];
+            o_head[j] += q * row[j];
+        }
+    }
+}
+
+inline void lightning_extend(const AttentionContext& ctx, const Tensors& parameters, const real* x, const real* residual, real* out) {
+    int64_t N = ctx.tokens(), C = ctx.config->channels;
+    AttentionContext rest = ctx;
+    real *u = rest.scratch.take(N * 3 * C), *gate = rest.scratch.take(N * C), *o = rest.scratch.take(N * C);
+    linear_forward(u, x, parameters["wqkv"], nullptr, N, C, 3 * C);
+    linear_forward(gate, x, parameters["wg"], nullptr, N, C, C);
+    Lightning g = make_lightning(ctx);
+    for (int s = 0; s < ctx.num_seqs; s++)
+        for (int i = g.first[s]; i < g.first[s + 1]; i++) g.chunks[i].S = g.chunks[i].S_next = ctx.states[s].fixed;
+#pragma omp parallel
+    {
+        LightningTiles t(g.hs);
+#pragma omp for collapse(2) schedule(dynamic)
+        for (int s = 0; s < ctx.num_seqs; s++)
+            for (int h = 0; h < g.heads; h++) {
+                int64_t row = ctx.cu_seqlens[s];
+                if (ctx.cu_seqlens[s + 1] - row == 1) lightning_step(g, h, t, u + row * 3 * C, ctx.states[s].fixed, o + row * C);
+                else lightning_sequence_forward(g, s, h, t, u, o);
+            }
+    }
+    lightning_gate_forward(o, nullptr, o, gate, parameters["gain"], N, C);
+    output_forward(rest, o, C, parameters["wo"], nullptr, residual, out);
+}
+
+inline Attention lightning_attention() {
+    return {"lightning", lightning_saved, lightning_scratch, lightning_forward, lightning_backward, lightning_extend};
+}
+
+}  // namespace cpu
+
+// --------------------------------------------------------------------------------------------------------------------------------------------------
+// 6. Multi-head latent attention, MLA (DeepSeek-V2, arXiv 2405.04434; DeepSeek-V3, arXiv 2412.19437; merging by log-sum-exp: FlashInfer, arXiv 2501.01005)
+//
+//     cq = RMS(x·Wdqᵀ; gq)   q = cq·Wuqᵀ   (without a query latent q = x·Wqᵀ)     rows per head [qn | qr], qr rotated
+//     u  = x·Wdkvᵀ           c = RMS(u[:d_c]; gkv)      kr = rotated u[d_c:], one for all heads
+//     kv = c·Wukvᵀ                                                                rows per head [kn | v]
+//     s_ij = (qn_i·kn_j + qr_i·kr_j)/√d_qk for j <= i      out = residual + (softmax(s)·v)·Woᵀ
+//
+// Widths: qn, kn d_nope; qr, kr d_rope; d_qk = d_nope+d_rope; v d_v; cq r_q; c d_c. Wdq (r_q,C), Wuq (NH·d_qk,r_q), Wdkv (d_c+d_rope,C),
+// Wukv (NH·(d_nope+d_v),d_c), Wo (C,NH·d_v). No biases. The rope part is MLA's own, whatever --positions says.
+// Saves u (c before its norm, kr after its rotation), q (after its rotation), the query latent before its norm, both 1/rms, o and lse:
+// N·(d_c + d_rope + r_q + NH·(d_qk+d_v+1) + 2) numbers; backward computes cq, c, kn and v again. State: [c | kr], d_c+d_rope numbers a token.
+//
+// c is all that attention needs to keep, because the per-head matrices can move to the other side of it (absorption), Wuk_h and Wuv_h being rows of Wukv:
+//
+//     qn·kn_j = (qn·Wuk_h)·c_j = q̃·c_j      Σ_j p_j·v_j = (Σ_j p_j·c_j)·Wuv_hᵀ = õ·Wuv_hᵀ
+//
+// which is attention of NH heads over one key [c | kr] and one value c. It spares the expansion of the cache and costs longer dot products.
+
+constexpr int MAX_MLA_DIM = 1 << 16;
+
+// The widths above, and those of whole rows: q (NH·d_qk), kv (NH·(d_nope+d_v)), u and a row of the state (d_c+d_rope), o (NH·d_v).
+struct MlaShape {
+    int C, NH, r_q, d_c, d_nope, d_rope, d_v, d_qk, d_kv;
+    int64_t q, kv, u, o;
+    explicit MlaShape(const AttentionConfig& a)
+        : C(a.channels), NH(a.heads), r_q(a["q-lora-rank"]), d_c(a["kv-lora-rank"]), d_nope(a["qk-nope-dim"]), d_rope(a["qk-rope-dim"]), d_v(a["v-dim"]),
+          d_qk(d_nope + d_rope), d_kv(d_nope + d_v), q((int64_t)NH * d_qk), kv((int64_t)NH * d_kv), u(d_c + d_rope), o((int64_t)NH * d_v) {}
+};
+
+inline void mla_resolve(AttentionConfig& a) {
+    int hs = a.head_size();
+    auto initial = [&](const char* option, int value) {
+        if (a[option] == AUTOMATIC) a.options[option] = value;
+    };
+    initial("qk-nope-dim", hs);
+    initial("qk-rope-dim", (hs + 3) / 4 * 2);                       // hs/2, made even
+    initial("v-dim", hs);
+    initial("kv-lora-rank", ((a.channels + 2) / 3 + 7) / 8 * 8);    // C/3, made a multiple of 8
+    if (a["qk-rope-dim"] % 2) usage_error("rotary positions turn pairs of numbers, qk-rope-dim is %d: give an even --qk-rope-dim, or 0 for none", a["qk-rope-dim"]);
+    if (a["qk-nope-dim"] + a["qk-rope-dim"] == 0) usage_error("qk-nope-dim 0 and qk-rope-dim 0 leave queries and keys empty: raise --qk-nope-dim or --qk-rope-dim");
+}
+
+inline std::vector<TensorSpec> mla_parameters(const AttentionConfig& a) {
+    MlaShape d(a);
+    std::vector<TensorSpec> list;
+    if (d.r_q) list = {matrix_spec("wdq", d.r_q, d.C, 0.02), vector_spec("gq", d.r_q, 1), matrix_spec("wuq", d.q, d.r_q, 0.02)};
+    else list = {matrix_spec("wq", d.q, d.C, 0.02)};
+    list.insert(list.end(), {matrix_spec("wdkv", d.u, d.C, 0.02), vector_spec("gkv", d.d_c, 1), matrix_spec("wukv", d.kv, d.d_c, 0.02),
+                             matrix_spec("wo", d.C, d.o, a.residual_std())});
+    return list;
+}
+
+inline AttentionStateSize mla_state(const AttentionConfig& a) { return {MlaShape(a).u, 0}; }
+
+inline double mla_flops(const AttentionConfig& a, double T) {
+    MlaShape d(a);
+    double query = d.r_q ? 2.0 * d.C * d.r_q + 2.0 * d.r_q * d.q : 2.0 * d.C * d.q;
+    return query + 2.0 * d.C * d.u + 2.0 * d.d_c * d.kv + 2.0 * (d.q + d.o) * visible_mean(T, 0) + 2.0 * d.C * d.o;
+}
+
+inline AttentionDescription mla_description() {
+    return {"mla",
+            "multi-head latent attention: keys and values from one small latent a token (DeepSeek-V2)",
+            {{"q-lora-rank", "width of the query latent; 0: none, queries straight from x", 0, 0, MAX_MLA_DIM},
+             {"kv-lora-rank", "width of the latent that keys and values are made from; default: a third of --channels", AUTOMATIC, 1, MAX_MLA_DIM},
+             {"qk-nope-dim", "part of each query and key without position; default: channels/heads", AUTOMATIC, 0, MAX_MLA_DIM},
+             {"qk-rope-dim", "part with rotary position, even, the key's shared by all heads; 0: none; default: half of channels/heads", AUTOMATIC, 0, MAX_MLA_DIM},
+             {"v-dim", "values of each head; default: channels/heads", AUTOMATIC, 1, MAX_MLA_DIM}},
+            mla_resolve,
+            mla_parameters,
+            mla_state,
+            mla_flops,
+            /*learned_positions*/ false,
+            /*recurrent*/ false};
+}
+
+// How extend attends from n new tokens to the P before them and to themselves:
+enum class MlaForm {
+    UNABSORBED,  // keys and values of all P+n tokens are expanded from the cache
+    MERGED,      // absorbed on the P tokens of the prefix, expanded keys and values for the n new ones, merged
+    ABSORBED,    // all in the latents
+};
+
+// Multiply-adds of the three, over NH·(2·d_c − d_nope − d_v), without what they have in common; X = d_c·(d_nope+d_v)/(2·d_c − d_nope − d_v):
+//
+//     UNABSORBED (P+n)·X      MERGED n·(P+X) + n·X      ABSORBED n·(P+X) + n·(n+1)/2
+//
+// so that absorption pays iff n + n(n+1)/2P < X. If 2·d_c <= d_nope+d_v it always does.
+inline double mla_crossover(const MlaShape& d) {
+    double longer = 2.0 * d.d_c - d.d_kv;
+    return longer > 0 ? (double)d.d_c * d.d_kv / longer : std::numeric_limits<double>::infinity();
+}
+
+inline bool mla_absorb_pays(const AttentionConfig& a, double n, double P) { return P > 0 && n + n * (n + 1) / (2 * P) < mla_crossover(MlaShape(a)); }
+
+inline MlaForm mla_form(const AttentionConfig& a, double n, double P) { return mla_absorb_pays(a, n, P) ? MlaForm::ABSORBED : MlaForm::UNABSORBED; }
+
+namespace cpu {
+
+inline std::vector<TensorSpec> mla_saved(const AttentionConfig& a, int64_t N, int) {
+    MlaShape d(a);
+    std::vector<TensorSpec> list = {buffer_spec("u", {N, d.u}), buffer_spec("rstd", {N}, Storage::FLOAT32), buffer_spec("q", {N, d.q}), buffer_spec("o", {N, d.o}),
+                                    buffer_spec("lse", {N, d.NH}, Storage::FLOAT32)};
+    if (d.r_q) list.insert(list.end(), {buffer_spec("uq", {N, d.r_q}), buffer_spec("rstd_q", {N}, Storage::FLOAT32)});
+    return list;
+}
+
+// The most keys that extend expands for N new tokens when `kv_tokens` are in the caches: absorption leaves only prefixes of P <= n(n+1)/2(X−n) to expansion.
+inline int64_t mla_expanded_tokens(const MlaShape& d, int64_t N, int64_t kv_tokens) {
+    double X = mla_crossover(d);
+    return N < X ? (int64_t)std::min((double)kv_tokens, N + 0.5 * N * (N + 1) / (X - N) + 1) : kv_tokens;
+}
+
+inline int64_t mla_scratch(const AttentionConfig& a, int64_t N, int64_t, int64_t kv_tokens, bool training) {
+    MlaShape d(a);
+    int64_t branch = scratch_size({N * d.C}), heads = (int64_t)d.NH;
+    int64_t forward = std::max(branch, scratch_size({N * d.r_q, N * d.d_c, N * d.kv, N * d.q}) + softmax_forward_scratch(N, d.NH, d.d_qk));
+    if (training) {
+        int64_t attention = scratch_size({N * d.d_c, N * d.kv, N * d.q, N * d.q, N * d.q, N * d.kv, N * d.u, N * d.r_q, N * d.r_q});
+        return std::max(forward, scratch_size({N * d.o}) + std::max(branch, attention));
+    }
+    int64_t K = mla_expanded_tokens(d, N, kv_tokens), query = scratch_size({N * d.r_q, N * d.r_q});
+    int64_t unabsorbed = scratch_size({K * d.u, K * d.kv, K * d.q}) + softmax_forward_scratch(K, d.NH, d.d_qk);
+    int64_t absorbed = scratch_size({N * d.o, N * heads, N * heads * d.u, N * heads * d.d_c}) + softmax_forward_scratch(kv_tokens, 1, (int)d.u);
+    return std::max(forward, scratch_size({N * d.q, N * d.u, N * d.o, N * heads}) + std::max({branch, query, unabsorbed, absorbed}));
+}
+
+// Rotates the rope part of every query, q (N,NH·d_qk), and of the rows of kr, u_stride apart, in place. direction −1 is the backward pass.
+inline void mla_rope(const AttentionContext& ctx, const MlaShape& d, real* q, real* kr, int direction) {
+    if (d.d_rope == 0) return;
+    int64_t N = ctx.tokens();
+    std::vector<int> position(N), position_of_head(N * d.NH);
+    for (int64_t n = 0; n < N; n++) {
+        position[n] = ctx.place[n].pos + (ctx.states ? (int)ctx.states[ctx.place[n].seq].length : 0);
+        std::fill_n(&position_of_head[n * d.NH], d.NH, position[n]);
+    }
+    rope(q + d.d_nope, d.d_qk, q + d.d_nope, d.d_qk, N * d.NH, 1, d.d_rope, position_of_head.data(), direction);
+    rope(kr, d.u, kr, d.u, N, 1, d.d_rope, position.data(), direction);
+}
+
+// q (N,NH·d_qk), before its rotation. With a query latent: uq (N,r_q) before the norm, rstd_q (N), cq (N,r_q).
+inline void mla_query_forward(const MlaShape& d, const Tensors& parameters, const real* x, real* uq, real* rstd_q, real* cq, real* q, int64_t N) {
+    if (d.r_q == 0) {
+        linear_forward(q, x, parameters["wq"], nullptr, N, d.C, d.q);
+        return;
+    }
+    linear_forward(uq, x, parameters["wdq"], nullptr, N, d.C, d.r_q);
+    rmsnorm_forward(cq, d.r_q, rstd_q, uq, d.r_q, parameters["gq"], N, d.r_q);
+    linear_forward(q, cq, parameters["wuq"], nullptr, N, d.r_q, d.q);
+}
+
+// From dq, rotated back: dx (N,C), overwritten, and the gradients of the query's parameters.
+inline void mla_query_backward(const MlaShape& d, const Tensors& parameters, const Tensors& gradients, const Tensors& saved, const real* x, const real* dq, real* dx,
+                               int64_t N, Scratch scratch) {
+    if (d.r_q == 0) {
+        linear_backward(dx, false, gradients["wq"], nullptr, dq, x, parameters["wq"], N, d.C, d.q);
+        return;
+    }
+    const real *uq = saved["uq"], *rstd_q = saved["rstd_q"], *gq = parameters["gq"];
+    real *cq = scratch.take(N * d.r_q), *duq = scratch.take(N * d.r_q);
+    rmsnorm_forward(cq, d.r_q, nullptr, uq, d.r_q, gq, N, d.r_q);
+    linear_backward(duq, false, gradients["wuq"], nullptr, dq, cq, parameters["wuq"], N, d.r_q, d.q);  // dcq
+    rmsnorm_backward(duq, d.r_q, gradients["gq"], duq, d.r_q, uq, d.r_q, rstd_q, gq, N, d.r_q);
+    linear_backward(dx, false, gradients["wdq"], nullptr, duq, x, parameters["wdq"], N, d.C, d.r_q);
+}
+
+// kv = c·Wukvᵀ (N,NH·(d_nope+d_v)), rows [kn | v], and keys (N,NH·d_qk), rows [kn | kr]. Rows of c are c_stride apart, those of kr d_c+d_rope.
+inline void mla_keys_forward(const MlaShape& d, const real* wukv, const real* c, int64_t c_stride, const real* kr, real* kv, real* keys, int64_t N) {
+    matmul(NO, YES, N, d.kv, d.d_c, 1, c, c_stride, wukv, d.d_c, 0, kv, d.kv);
+#pragma omp parallel for
+    for (int64_t n = 0; n < N; n++)
+        for (int h = 0; h < d.NH; h++) {
+            real* key = keys + n * d.q + h * d.d_qk;
+            memcpy(key, kv + n * d.kv + h * d.d_kv, d.d_nope * sizeof(real));
+            memcpy(key + d.d_nope, kr + n * d.u, d.d_rope * sizeof(real));
+        }
+}
+
+// From dkeys (N,NH·d_qk) and dkv (N,NH·(d_nope+d_v)), whose v parts are known: the kn parts of dkv, du = [dc | dkr] (N,d_c+d_rope), dWukv.
+//
+//     dkn = dkeys[:d_nope]      dkr = Σ_heads dkeys[d_nope:]      dc = dkv·Wukv      dWukv += dkvᵀ·c
+inline void mla_keys_backward(const MlaShape& d, const real* wukv, const real* c, const real* dkeys, real* dkv, real* du, real* dwukv, int64_t N) {
+#pragma omp parallel for
+    for (int64_t n = 0; n < N; n++) {
+        real* dkr = du + n * d.u + d.d_c;
+        std::fill_n(dkr, d.d_rope, (real)0);
+        for (int h = 0; h < d.NH; h++) {
+            const real* dkey = dkeys + n * d.q + h * d.d_qk;
+            memcpy(dkv + n * d.kv + h * d.d_kv, dkey, d.d_nope * sizeof(real));
+            for (int i = 0; i < d.d_rope; i++) dkr[i] += dkey[d.d_nope + i];
+        }
+    }
+    matmul(NO, NO, N, d.d_c, d.kv, 1, dkv, d.kv, wukv, d.d_c, 0, du, d.u);
+    matmul(YES, NO, d.kv, d.d_c, N, 1, dkv, d.kv, c, d.d_c, 1, dwukv, d.d_c);
+}
+
+// The softmax core's arguments in the un-absorbed form.
+inline SoftmaxAttention mla_core(const AttentionContext& ctx, const MlaShape& d, const real* q, const real* keys, const real* kv) {
+    SoftmaxAttention core{};
+    core.heads = core.kv_heads = d.NH;
+    core.d_qk = d.d_qk;
+    core.d_v = d.d_v;
+    core.scale = 1 / std::sqrt((real)d.d_qk);
+    core.num_seqs = ctx.num_seqs;
+    core.cu_q = core.cu_k = ctx.cu_seqlens;
+    core.q = q;
+    core.k = keys;
+    core.v = kv + d.d_nope;
+    core.q_stride = core.k_stride = d.q;
+    core.v_stride = d.kv;
+    core.k_head = d.d_qk;
+    core.v_head = d.d_kv;
+    core.dropout = ctx.dropout;
+    return core;
+}
+
+inline void mla_forward(const AttentionContext& ctx, const Tensors& parameters, const Tensors& saved, const real* x, const real* residual, real* out) {
+    MlaShape d(*ctx.config);
+    int64_t N = ctx.tokens();
+    real *u = saved["u"], *q = saved["q"], *o = saved["o"];
+    Scratch scratch = ctx.scratch;
+    real *cq = scratch.take(N * d.r_q), *c = scratch.take(N * d.d_c), *kv = scratch.take(N * d.kv), *keys = scratch.take(N * d.q);
+    real *uq = d.r_q ? saved["uq"] : cq, *rstd_q = d.r_q ? saved["rstd_q"] : cq;
+    mla_query_forward(d, parameters, x, uq, rstd_q, cq, q, N);
+    linear_forward(u, x, parameters["wdkv"], nullptr, N, d.C, d.u);
+    mla_rope(ctx, d, q, u + d.d_c, 1);
+    rmsnorm_forward(c, d.d_c, saved["rstd"], u, d.u, parameters["gkv"], N, d.d_c);
+    mla_keys_forward(d, parameters["wukv"], c, d.d_c, u + d.d_c, kv, keys, N);
+    softmax_forward(mla_core(ctx, d, q, keys, kv), o, d.o, saved["lse"], scratch);
+    output_forward(ctx, o, d.o, parameters["wo"], nullptr, residual, out);
+}
+
+inline void mla_backward(const AttentionContext& ctx, const Tensors& parameters, const Tensors& gradients, const Tensors& saved, const real* x, const real* dout,
+                         real* dx) {
+    MlaShape d(*ctx.config);
+    int64_t N = ctx.tokens();
+    const real *u = saved["u"], *q = saved["q"], *gkv = parameters["gkv"];
+    AttentionContext rest = ctx;
+    Scratch& scratch = rest.scratch;
+    real* d_o = scratch.take(N * d.o);
+    output_backward(rest, saved["o"], d.o, parameters["wo"], dout, d_o, gradients["wo"], nullptr);
+
+    real *c = scratch.take(N * d.d_c), *kv = scratch.take(N * d.kv), *keys = scratch.take(N * d.q);
+    real *dq = scratch.take(N * d.q), *dkeys = scratch.take(N * d.q), *dkv = scratch.take(N * d.kv), *du = scratch.take(N * d.u);
+    rmsnorm_forward(c, d.d_c, nullptr, u, d.u, gkv, N, d.d_c);
+    mla_keys_forward(d, parameters["wukv"], c, d.d_c, u + d.d_c, kv, keys, N);
+    SoftmaxGradients g{};
+    g.o = saved["o"];
+    g.lse = saved["lse"];
+    g.d_o = d_o;
+    g.o_stride = g.do_stride = d.o;
+    g.dq = dq;
+    g.dk = dkeys;
+    g.dv = dkv + d.d_nope;
+    g.dq_stride = g.dk_stride = d.q;
+    g.dv_stride = d.kv;
+    g.dk_head = d.d_qk;
+    g.dv_head = d.d_kv;
+    softmax_backward(mla_core(ctx, d, q, keys, kv), g);
+    mla_keys_backward(d, parameters["wukv"], c, dkeys, dkv, du, gradients["wukv"], N);
+    mla_rope(ctx, d, dq, du + d.d_c, -1);
+    rmsnorm_backward(du, d.u, gradients["gkv"], du, d.u, u, d.u, saved["rstd"], gkv, N, d.d_c);
+    mla_query_backward(d, parameters, gradients, saved, x, dq, dx, N, scratch);
+    linear_backward(dx, true, gradients["wdkv"], nullptr, du, x, parameters["wdkv"], N, d.C, d.u);
+}
+
+// ---- extend: some keys are expanded, others attended to as latents, and what both saw is merged ------------------------------------------------------
+
+// Softmax over two sets of keys from each set's output o (rows,d) and log-sum-exp (rows): with m = max(lse1,lse2), w = exp(lse − m)
+//
+//     o = (w1·o1 + w2·o2)/(w1 + w2)      lse = m + ln(w1 + w2)
+//
+// in place of the first. Where a lse is −inf (no keys) its o may be anything; where both are, o = 0.
+inline void softmax_merge(real* o1, real* lse1, const real* o2, const real* lse2, int64_t rows, int d) {
+#pragma omp parallel for
+    for (int64_t r = 0; r < rows; r++) {
+        bool none1 = lse1[r] == MINUS_INFINITY, none2 = lse2[r] == MINUS_INFINITY;
+        real m = std::max(lse1[r], lse2[r]), w1 = none1 ? 0 : std::exp(lse1[r] - m), w2 = none2 ? 0 : std::exp(lse2[r] - m), sum = w1 + w2;
+        for (int c = 0; c < d; c++) o1[r * d + c] = (none1 ? 0 : w1 / sum * o1[r * d + c]) + (none2 ? 0 : w2 / sum * o2[r * d + c]);
+        lse1[r] = none1 && none2 ? MINUS_INFINITY : m + std::log(sum);
+    }
+}
+
+// o (N,NH·d_v), lse (N,NH) over the last cu_k[s+1]−cu_k[s] tokens of each sequence, un-absorbed: their keys and values are expanded from the cache.
+inline void mla_unabsorbed(const AttentionContext& ctx, const MlaShape& d, const real* wukv, const real* q, const int* cu_k, real* o, real* lse, Scratch scratch) {
+    int64_t K = cu_k[ctx.num_seqs];
+    real *latents = scratch.take(K * d.u), *kv = scratch.take(K * d.kv), *keys = scratch.take(K * d.q);
+    for (int s = 0; s < ctx.num_seqs; s++) {
+        int64_t n = cu_k[s + 1] - cu_k[s], first = ctx.states[s].length + ctx.cu_seqlens[s + 1] - ctx.cu_seqlens[s] - n;
+        for (int64_t j = 0; j < n; j++) memcpy(latents + (cu_k[s] + j) * d.u, ctx.states[s].row(first + j), d.u * sizeof(real));
+    }
+    mla_keys_forward(d, wukv, latents, d.u, latents + d.d_c, kv, keys, K);
+    SoftmaxAttention core = mla_core(ctx, d, q, keys, kv);
+    core.cu_k = cu_k;
+    softmax_forward(core, o, d.o, lse, scratch);
+}
+
+// o, lse over the first cu_k[s+1]−cu_k[s] tokens of each sequence, absorbed; o is not written in a sequence where they are none.
+inline void mla_absorbed(const AttentionContext& ctx, const MlaShape& d, const real* wukv, const real* q, const int* cu_k, real* o, real* lse, Scratch scratch) {
+    int64_t N = ctx.tokens(), q_stride = d.NH * d.u, o_stride = (int64_t)d.NH * d.d_c;
+    real *q_absorbed = scratch.take(N * q_stride), *o_absorbed = scratch.take(N * o_stride);
+    std::vector<int> q_at;
+    for (int s = 0; s < ctx.num_seqs; s++) q_at.push_back((int)ctx.states[s].length);
+    // For each head (whose matrix stays in cache) and sequence, q̃ = [qn·Wuk_h | qr].
+#pragma omp parallel for collapse(2) schedule(static)
+    for (int h = 0; h < d.NH; h++)
+        for (int s = 0; s < ctx.num_seqs; s++) {
+            int64_t n0 = ctx.cu_seqlens[s], rows = cu_k[s + 1] > cu_k[s] ? ctx.cu_seqlens[s + 1] - n0 : 0;
+            const real *wuk = wukv + (int64_t)h * d.d_kv * d.d_c, *from = q + n0 * d.q + h * d.d_qk;
+            real* to = q_absorbed + n0 * q_stride + h * d.u;
+            tile_matmul((int)rows, d.d_c, d.d_nope, from, d.q, 1, wuk, d.d_c, to, q_stride, false);
+            for (int64_t i = 0; i < rows; i++) memcpy(to + i * q_stride + d.d_c, from + i * d.q + d.d_nope, d.d_rope * sizeof(real));
+        }
+
+    SoftmaxAttention core = mla_core(ctx, d, q_absorbed, nullptr, nullptr);
+    core.kv_heads = 1;
+    core.d_qk = (int)d.u;  // the scale stays 1/√(d_nope+d_rope)
+    core.d_v = d.d_c;
+    core.q_stride = q_stride;
+    core.cu_k = cu_k;
+    core.q_at = q_at.data();
+    core.states = ctx.states;
+    softmax_forward(core, o_absorbed, o_stride, lse, scratch);
+
+    // o = õ·Wuv_hᵀ
+#pragma omp parallel
+    {
+        RealVector transposed((size_t)d.d_c * d.d_v);
+#pragma omp for collapse(2) schedule(static)
+        for (int h = 0; h < d.NH; h++)
+            for (int s = 0; s < ctx.num_seqs; s++) {
+                int64_t n0 = ctx.cu_seqlens[s], rows = cu_k[s + 1] > cu_k[s] ? ctx.cu_seqlens[s + 1] - n0 : 0;
+                const real *wuv = wukv + ((int64_t)h * d.d_kv + d.d_nope) * d.d_c, *from = o_absorbed + n0 * o_stride + h * d.d_c;
+                real* to = o + n0 * d.o + h * d.d_v;
+                if (few_queries((int)rows)) {
+                    for (int c = 0; c < d.d_v; c++)
+                        for (int64_t i = 0; i < rows; i++) to[i * d.o + c] = dot(d.d_c, from + i * o_stride, wuv + (int64_t)c * d.d_c);
+                    continue;
+                }
+                tile_transpose(d.d_v, d.d_c, wuv, d.d_c, transposed.data(), d.d_v);
+                tile_matmul((int)rows, d.d_v, d.d_c, from, o_stride, 1, transposed.data(), d.d_v, to, d.o, false);
+            }
+    }
+}
+
+// extend, each sequence in the form that `choose` (configuration, n, P) says. Scratch: mla_scratch() knows of mla_form's choice only.
+inline void mla_extend_as(const AttentionContext& ctx, const Tensors& parameters, const real* x, const real* residual, real* out,
+                          MlaForm (*choose)(const AttentionConfig&, double n, double P)) {
+    MlaShape d(*ctx.config);
+    int64_t N = ctx.tokens();
+    AttentionContext rest = ctx;
+    Scratch& scratch = rest.scratch;
+    real *q = scratch.take(N * d.q), *u = scratch.take(N * d.u), *o = scratch.take(N * d.o), *lse = scratch.take(N * d.NH);
+    {
+        Scratch latent = scratch;
+        real *uq = latent.take(N * d.r_q), *cq = latent.take(N * d.r_q);
+        mla_query_forward(d, parameters, x, uq, nullptr, cq, q, N);
+    }
+    linear_forward(u, x, parameters["wdkv"], nullptr, N, d.C, d.u);
+    mla_rope(ctx, d, q, u + d.d_c, 1);
+    rmsnorm_forward(u, d.u, nullptr, u, d.u, parameters["gkv"], N, d.d_c);  // u is now [c | kr], a row of the state
+    for (int64_t n = 0; n < N; n++) {
+        const AttentionState& state = ctx.states[ctx.place[n].seq];
+        memcpy(state.row(state.length + ctx.place[n].pos), u + n * d.u, d.u * sizeof(real));
+    }
+
+    std::vector<int> cu_expanded(1, 0), cu_latent(1, 0);  // how many of the last tokens are expanded, of the first attended to as latents
+    for (int s = 0; s < ctx.num_seqs; s++) {
+        int n = ctx.cu_seqlens[s + 1] - ctx.cu_seqlens[s], P = (int)ctx.states[s].length;
+        MlaForm form = choose(*ctx.config, n, P);
+        int latent = form == MlaForm::ABSORBED ? P + n : form == MlaForm::MERGED ? P : 0;
+        cu_latent.push_back(cu_latent[s] + (n > 0 ? latent : 0));
+        cu_expanded.push_back(cu_expanded[s] + (n > 0 ? P + n - latent : 0));
+    }
+    bool absorbed = cu_latent.back() > 0, unabsorbed = cu_expanded.back() > 0;
+    if (unabsorbed) mla_unabsorbed(ctx, d, parameters["wukv"], q, cu_expanded.data(), o, lse, scratch);
+    if (absorbed && !unabsorbed) mla_absorbed(ctx, d, parameters["wukv"], q, cu_latent.data(), o, lse, scratch);
+    if (absorbed && unabsorbed) {
+        Scratch part = scratch;
+        real *o2 = part.take(N * d.o), *lse2 = part.take(N * d.NH);
+        mla_absorbed(ctx, d, parameters["wukv"], q, cu_latent.data(), o2, lse2, part);
+        softmax_merge(o, lse, o2, lse2, N * d.NH, d.d_v);
+    }
+    output_forward(rest, o, d.o, parameters["wo"], nullptr, residual, out);
+}
+
+inline void mla_extend(const AttentionContext& ctx, const Tensors& parameters, const real* x, const real* residual, real* out) {
+    mla_extend_as(ctx, parameters, x, residual, out, mla_form);
+}
+
+inline Attention mla_attention() { return {"mla", mla_saved, mla_scratch, mla_forward, mla_backward, mla_extend}; }
+
+}  // namespace cpu
+
+// --------------------------------------------------------------------------------------------------------------------------------------------------
 // 7. The registry
 
 inline const std::vector<AttentionDescription>& attention_descriptions() {
-    static const std::vector<AttentionDescription> list = {causal_description()};
+    static const std::vector<AttentionDescription> list = {causal_description(), infini_description(), lightning_description(), mla_description()};
     return list;
 }
 
 namespace cpu {
 inline const Attention& attention(const std::string& name) {
-    static const std::vector<Attention> list = {causal_attention()};
+    static const std::vector<Attention> list = {causal_attention(), infini_attention(), lightning_attention(), mla_attention()};
     for (const Attention& a : list)
         if (name == a.name) return a;
     usage_error("attention '%s' has no CPU implementation", name.c_str());  // unreachable while the two lists agree
