@@ -101,6 +101,8 @@ inline Options resumed_options(const Options& typed) {
     merged.attention = stored.attention;
     merged.attention_options = stored.attention_options;
     resolve_options(merged);
+    if (merged.steps != stored.steps && merged.schedule != "constant")
+        printf("the %s schedule now ends at step %lld; it was made for %lld\n", merged.schedule.c_str(), (long long)merged.steps, (long long)stored.steps);
     return merged;
 }
 

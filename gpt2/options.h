@@ -237,16 +237,29 @@ struct AttentionFlag {
     std::string help, initial;
 };
 inline std::map<std::string, AttentionFlag> attention_flags() {
+    std::map<std::string, std::vector<std::pair<std::string, std::string>>> texts;  // option -> (help, the layers that have it with this help)
     std::map<std::string, AttentionFlag> flags;
     for (const AttentionDescription& d : attention_descriptions()) {
         for (const AttentionOption& option : d.options) {
-            std::string initial = !option.choices.empty() ? option.choices[(int)option.initial] : option.initial == AUTOMATIC ? "automatic" : format("%g", option.initial);
+            std::string help = option.help, choices, initial;
+            bool told = true;  // whether the help names all the choices already
+            for (const char* c : option.choices) {
+                told = told && help.find(c) != std::string::npos;
+                choices += (choices.empty() ? "" : ", ") + std::string(c);
+            }
+            if (!told) help += ": " + choices;
+            if (!option.choices.empty()) initial = option.choices[(int)option.initial];
+            else if (option.initial != AUTOMATIC) initial = format("%g", option.initial);  // the layer's help says what automatic means
             AttentionFlag& f = flags[option.name];
             if (f.initial.find(initial) == std::string::npos) f.initial += (f.initial.empty() ? "" : " or ") + initial;
-            f.help += std::string(f.help.empty() ? "" : "; ") + d.name + ": " + option.help;
-            for (size_t i = 0; i < option.choices.size(); i++) f.help += std::string(i ? ", " : " (") + option.choices[i] + (i + 1 == option.choices.size() ? ")" : "");
+            auto& known = texts[option.name];
+            auto same = std::find_if(known.begin(), known.end(), [&](const auto& t) { return t.first == help; });
+            if (same == known.end()) known.push_back({help, d.name});
+            else same->second += std::string(", ") + d.name;
         }
     }
+    for (const auto& [name, list] : texts)
+        for (const auto& [help, layers] : list) flags[name].help += (flags[name].help.empty() ? "" : "; ") + layers + ": " + help;
     return flags;
 }
 

@@ -111,5 +111,9 @@ inline int run_program(int argc, char** argv) {
         fflush(stdout);
         fprintf(stderr, "error: not enough memory: use a smaller model, --batch or --seq\n");
         return EXIT_DATA;
+    } catch (const std::exception& e) {  // a library's: JSON of the wrong kind in a file that something else wrote, say
+        fflush(stdout);
+        fprintf(stderr, "error: %s\n", e.what());
+        return EXIT_DATA;
     }
 }

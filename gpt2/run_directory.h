@@ -87,7 +87,8 @@ class RunDirectory {
         make_directories(path);
         lock = ::open(path.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC);
         if (lock < 0) file_error("open", path, errno);
-        if (flock(lock, LOCK_EX | LOCK_NB) != 0) data_error("another run is writing into '%s': wait for it, or choose another --out", path.c_str());
+        if (flock(lock, LOCK_EX | LOCK_NB) != 0 && errno == EWOULDBLOCK)  // other errors: a file system without locks
+            data_error("another run is writing into '%s': wait for it, or choose another --out", path.c_str());
         if (access(path.c_str(), W_OK) != 0) file_error("write into", path, errno);
     }
     // Removes the run that is there: its checkpoints and its log. config.json stays until it is replaced, so that the directory is known as ours.
