@@ -606,9 +606,7 @@ static void extend_to_end(const Layer& layer, const Pass& all, PagedStates& page
     }
 }
 
-static void extend_case(const Variant& variant) {
-    Variant v = variant;
-    v.dropout = 0;  // evaluation
+static void extend_case(const Variant& v) {
     Layer layer(v);
     int K = v.block;
     Pass all(layer, mixed_lengths(K), 21);
@@ -631,9 +629,7 @@ static void extend_case(const Variant& variant) {
 // --------------------------------------------------------------------------------------------------------------------------------------------------
 // memory/: sequences of a long batch, read in passes. Sequence 1 has an empty pass in the middle; sequence 2 starts in the second pass.
 
-static void memory_case(const Variant& variant) {
-    Variant v = variant;
-    v.dropout = 0;  // counts positions from the start of a pass
+static void memory_case(const Variant& v) {
     Layer layer(v);
     int K = v.block, C = v.channels, n = 4;
     int64_t size = layer.state.per_sequence;
@@ -712,13 +708,13 @@ static void compare_outcomes(const Layer& layer, const Outcome& a, const Outcome
 static Numbers extended(const Layer& layer, const Pass& all) {
     PagedStates paged(layer, all.batch.lengths, 16, 1);
     Numbers out(all.x.size(), NOT_A_NUMBER);
-    extend_to_end(layer, all, paged, [] { return 23; }, out);
+    extend_to_end(layer, all, paged, [] { return 40; }, out);
     return out;
 }
 
 static void threads_case(const Variant& v) {
     Layer layer(v);
-    Pass pass(layer, mixed_lengths(v.block), 41);
+    Pass pass(layer, Batch({3, 0, v.block + 1, 17}), 41);
     Outcome one = both(layer, pass);
     Numbers extended_one = extended(layer, pass);
     for (int threads : {2, 3, 5}) {
@@ -1034,15 +1030,23 @@ static void helpers_gradient_case() {
     }
     {
         std::vector<int> position = {0, 3, 1, 1000, 7, 2, 5};
-        Numbers x = random.normals(N * 13), dy = random.normals(N * 12), dx(N * 12, NOT_A_NUMBER);
+        Numbers x = random.normals(N * 12), dy = random.normals(N * 12), dx(N * 12, NOT_A_NUMBER);
         cpu::rope(dx.data(), 12, dy.data(), 12, N, 2, 6, position.data(), -1);
         auto f = [&] {
             Numbers y(N * 12, NOT_A_NUMBER);
             cpu::rope(y.data(), 12, x.data(), 12, N, 2, 6, position.data(), 1);
             return weighted(dy, y);
         };
-        x.resize(N * 12);
         slopes("rope, dx", x, dx, f);
+        Numbers y(N * 12);
+        cpu::rope(y.data(), 12, x.data(), 12, N, 2, 6, position.data(), 1);
+        double worst = 0;
+        for (int64_t n = 0; n < N; n++)
+            for (int i = 0; i < 12; i += 2) {  // as complex numbers: y = x·e^{i·position·θ}
+                double angle = position[n] * std::pow(10000.0, -(double)(i % 6) / 6), a = x[n * 12 + i], b = x[n * 12 + i + 1];
+                worst = std::max({worst, std::fabs(y[n * 12 + i] - (a * std::cos(angle) - b * std::sin(angle))), std::fabs(y[n * 12 + i + 1] - (a * std::sin(angle) + b * std::cos(angle)))});
+            }
+        check(worst, 1e-12, "rope against its definition");
     }
 }
 
@@ -1126,6 +1130,15 @@ static void infini_is_causal_case(const char* update) {
     Outcome o = both(layer, pass);
     for (size_t i = 0; i < layer.parameters.count(); i++)
         if (std::string(layer.parameters.name(i)).find("beta") != std::string::npos) check(norm(o.gradients.parameters[i]), 0, "gradient of beta");
+}
+
+// Lightning's two schemes give the same bits, so that `auto` may choose by the number of threads.
+static void lightning_schemes_case(const char* decay) {
+    std::string names[2];
+    for (int i = 0; i < 2; i++) names[i] = format("lightning:decay=%s:scheme=%s", decay, i ? "parallel" : "sequential");
+    Variant one = {names[0].c_str(), "rope", 20, 4, cpu::KT}, other = one;
+    other.attention = names[1].c_str();
+    same_case(one, other, true);
 }
 
 static double outputs_differ(const Variant& va, const Variant& vb, const std::function<void(Layer&)>& change = nullptr) {
@@ -1324,9 +1337,10 @@ static std::vector<Case> all_cases() {
             if (v.layer_name() == "lightning") cases.push_back({format("gradient/%s/through-memory", v.name().c_str()), [=] { memory_gradient_case(v, true); }});
     }
     add_variants("ragged", ragged_case);
-    add_variants("extend", extend_case);
     for (const Variant& v : tested)
-        if (recurrent(v)) cases.push_back({"memory/" + v.name(), [=] { memory_case(v); }});
+        if (v.dropout == 0) cases.push_back({"extend/" + v.name(), [=] { extend_case(v); }});
+    for (const Variant& v : tested)
+        if (recurrent(v) && v.dropout == 0) cases.push_back({"memory/" + v.name(), [=] { memory_case(v); }});
     add_variants("threads", threads_case);
     add_variants("poison", poison_case);
     cases.push_back({"core/forward", core_forward_case});
@@ -1338,6 +1352,10 @@ static std::vector<Case> all_cases() {
         cases.push_back({"same/infini-is-causal/linear", [] { infini_is_causal_case("linear"); }});
         cases.push_back({"same/infini-is-causal/delta", [] { infini_is_causal_case("delta"); }});
         cases.push_back({"control/infini", control_infini_case});
+    }
+    if (has("lightning")) {
+        for (const char* decay : {"minimax", "fla", "none"})
+            cases.push_back({format("same/lightning-schemes/%s", decay), [=] { lightning_schemes_case(decay); }});
     }
     cases.push_back({"control/forward", control_case});
     if (is_double) cases.push_back({"control/gradient", control_gradient_case});
