@@ -8,13 +8,10 @@
 // DIR/val.questions.jsonl, one question a line: {"prompt", "answer", "distance", "guess"}.
 //
 // What makes the corpus learnable within minutes by a model of bytes, found by experiment (data/README.md has the figures):
-//   - a question repeats the words of the fact: "the rusty key in the old jar", "the rusty key? In the old jar". What is learnt first is to
-//   copy;
-//   - questions are many, and asked again: a story without its fillers is a quiz. Each one teaches;
-//   - part of the stories asks at once: near facts are learnt before far ones;
-//   - few things a story, and a small vocabulary: the answers have to be looked up, not the words.
-//
-// Not here: the loss of a bigram model, which the training program prints.
+//   - a question repeats the words of the fact: "the rusty key in the old jar", "the rusty key? In the old jar";
+//   - questions are many, and asked again: that teaches to copy, without which nothing is looked up;
+//   - a part of the stories asks almost at once: near facts are learnt before far ones;
+//   - few things a story, and few words for things and places.
 
 #include <algorithm>
 #include <cstdint>
