@@ -1,7 +1,7 @@
 // stories: the default corpus. An endless, seeded stream of short English stories in which people put things into places, wander off, and
 // are asked where the things are:
 //
-//   Ida hid the rusty key in the old jar. Leo sneezed. Tess left the paper hat in the red barn. Where is the rusty key? In the old jar.
+//   Ida hid the rusty key in the old jar. Leo sneezed. Tess left the odd hat in the red well. Where is the rusty key? In the old jar.
 //
 // Nothing but the story tells the answer, and the story says it `distance` bytes before it asks, so the share of exact answers by distance
 // shows how far a model remembers. Written are DIR/train.txt, DIR/val.txt (every story followed by a line <|endoftext|>) and
