@@ -35,8 +35,9 @@ inline std::vector<TensorSpec> infini_parameters(const AttentionConfig& a) {
     TensorSpec beta = vector_spec("beta", a.heads, 0);
     beta.storage = Storage::FLOAT32;
     beta.lr_multiplier = a.number("gate-lr");
-    return {matrix_spec("wqkv", qkv_size(a), a.channels, 0.02), vector_spec("bqkv", qkv_size(a), 0), matrix_spec("wo", a.channels, a.channels, a.residual_std()),
-            vector_spec("bo", a.channels, 0), beta};
+    std::vector<TensorSpec> list = causal_parameters(a);
+    list.push_back(beta);
+    return list;
 }
 
 inline double infini_flops(const AttentionConfig& a, double T) {
@@ -53,7 +54,7 @@ inline AttentionDescription infini_description() {
              {"segment", "tokens a segment", 256, 1, MAX_SEGMENT},
              {"memory-update", "how a segment is written: all of it (linear), or what the memory does not say already (delta)", 0, 0, 0, {"linear", "delta"}},
              {"memory-init", "where the memory's normaliser starts", 0, 0, 0, {"one", "zero"}},
-             {"first-segment", "while the memory is empty: local attention alone (pass), or gated with zeros as in the paper (gated)", 0, 0, 0, {"pass", "gated"}},
+             {"first-segment", "while the memory is empty: local attention alone (pass), or gated with zeros (gated, the paper)", 0, 0, 0, {"pass", "gated"}},
              {"gate-lr", "learning rate of the gates, in units of the model's", 30, 0, 1e6, {}, /*fraction*/ true}},
             resolve_kv_heads,
             infini_parameters,
@@ -166,7 +167,7 @@ struct InfiniRun {
     SoftmaxAttention core;
     bool pending;
     int cu_k[2];             // with pending tokens: its keys' offsets,
-    std::vector<real> keys;  // and the keys after the rotation
+    RealVector keys;  // and the keys after the rotation
 };
 
 // Calls f(InfiniRun&) for each run; `rotated` (N, C + KV·hs): scratch for q and k after the rotation.
@@ -216,7 +217,7 @@ inline void infini_local_forward(const AttentionContext& ctx, const InfiniPass& 
     real* rotated = scratch.take(ctx.tokens() * (C + KVhs));
     infini_runs(ctx, p, rotated, [&](const InfiniRun& run) {
         // A pending segment may have more keys than this pass has tokens, for which `scratch` was made.
-        std::vector<real> transposed(run.pending ? softmax_forward_scratch(run.cu_k[1], p.kv_heads, p.hs) : 0);
+        RealVector transposed(run.pending ? softmax_forward_scratch(run.cu_k[1], p.kv_heads, p.hs) : 0);
         softmax_forward(run.core, D, C, lse, run.pending ? Scratch{transposed.data(), (int64_t)transposed.size()} : scratch);
     });
 }
@@ -228,7 +229,7 @@ inline void infini_local_backward(const AttentionContext& ctx, const InfiniPass&
     Scratch scratch = ctx.scratch;
     real* rotated = scratch.take(ctx.tokens() * (C + row_size / 2));
     infini_runs(ctx, p, rotated, [&](const InfiniRun& run) {
-        std::vector<real> dkv(run.pending ? run.cu_k[1] * row_size : 0);
+        RealVector dkv(run.pending ? run.cu_k[1] * row_size : 0);
         SoftmaxGradients g{};
         g.o = D;
         g.lse = lse;
@@ -257,7 +258,7 @@ inline void infini_features(int rows, int hs, const real* x, int64_t x_stride, r
         const real* from = x + i * x_stride;
         real* to = features + (int64_t)i * hs;
 #pragma omp simd
-        for (int c = 0; c < hs; c++) to[c] = from[c] > 0 ? from[c] + 1 : std::exp(std::min(from[c], (real)0));
+        for (int c = 0; c < hs; c++) to[c] = from[c] > 0 ? from[c] + 1 : vexp(std::min(from[c], (real)0));
     }
 }
 
@@ -281,8 +282,8 @@ inline void add_column_sums(int rows, int hs, const real* x, real* sum) {
         for (int c = 0; c < hs; c++) sum[c] += x[(int64_t)i * hs + c];
 }
 
-inline std::vector<real> infini_gates(const real* beta, int heads) {
-    std::vector<real> g(heads);
+inline RealVector infini_gates(const real* beta, int heads) {
+    RealVector g(heads);
     for (int h = 0; h < heads; h++) g[h] = 1 / (1 + std::exp(-beta[h]));
     return g;
 }
@@ -293,7 +294,7 @@ inline void infini_write(const InfiniPass& p) {
     int64_t size = p.memory_size(), KVhs = p.row_size() / 2;
 #pragma omp parallel
     {
-        std::vector<real> features((size_t)QT * hs), U((size_t)QT * hs), den(QT);
+        RealVector features((size_t)QT * hs), U((size_t)QT * hs), den(QT);
 #pragma omp for collapse(2) schedule(dynamic)
         for (int seq = 0; seq < num_seqs; seq++)
             for (int kv = 0; kv < p.kv_heads; kv++)
@@ -325,11 +326,11 @@ inline void infini_write(const InfiniPass& p) {
 inline void infini_retrieve(const InfiniPass& p, const real* beta, const real* D, real* A) {
     const AttentionConfig& a = *p.config;
     int hs = p.hs, C = a.channels;
-    std::vector<real> gates = infini_gates(beta, a.heads);
+    RealVector gates = infini_gates(beta, a.heads);
     std::vector<Tile> tiles = make_tiles((int)p.segments.size(), p.cu_q.data(), QT);
 #pragma omp parallel
     {
-        std::vector<real> features((size_t)QT * hs), R((size_t)QT * hs), den(QT);
+        RealVector features((size_t)QT * hs), R((size_t)QT * hs), den(QT);
 #pragma omp for collapse(2) schedule(static)
         for (size_t t = 0; t < tiles.size(); t++)
             for (int h = 0; h < a.heads; h++) {
@@ -358,12 +359,12 @@ inline void infini_retrieve(const InfiniPass& p, const real* beta, const real* D
 inline void infini_gate_backward(const InfiniPass& p, const real* beta, real* dbeta, const real* D, real* dA, real* dn, real* dden) {
     const AttentionConfig& a = *p.config;
     int hs = p.hs, C = a.channels;
-    std::vector<real> gates = infini_gates(beta, a.heads);
+    RealVector gates = infini_gates(beta, a.heads);
     std::vector<Tile> tiles = make_tiles((int)p.segments.size(), p.cu_q.data(), QT);
-    std::vector<real> partial(tiles.size() * a.heads);  // sums are added tile after tile, whatever the number of threads
+    RealVector partial(tiles.size() * a.heads);  // sums are added tile after tile, whatever the number of threads
 #pragma omp parallel
     {
-        std::vector<real> features((size_t)QT * hs), R((size_t)QT * hs), den(QT);
+        RealVector features((size_t)QT * hs), R((size_t)QT * hs), den(QT);
 #pragma omp for collapse(2) schedule(static)
         for (size_t t = 0; t < tiles.size(); t++)
             for (int h = 0; h < a.heads; h++) {
@@ -416,7 +417,7 @@ inline void infini_query_backward(const InfiniPass& p, const real* dn, const rea
     int64_t stride = qkv_size(a);
 #pragma omp parallel
     {
-        std::vector<real> features((size_t)QT * hs), dfeatures((size_t)QT * hs), transposed((size_t)hs * hs);
+        RealVector features((size_t)QT * hs), dfeatures((size_t)QT * hs), transposed((size_t)hs * hs);
 #pragma omp for collapse(2) schedule(static)
         for (size_t i = 0; i < p.segments.size(); i++)
             for (int h = 0; h < a.heads; h++) {
@@ -438,10 +439,10 @@ inline void infini_query_backward(const InfiniPass& p, const real* dn, const rea
 
 // One kv head on its way backward through a sequence: the gradient of the memory, and tiles.
 struct InfiniMemoryGradient {
-    std::vector<real> d, after, transposed, before_transposed, features, dfeatures, dU, U, V, dn, den, dden;
+    RealVector d, after, transposed, before_transposed, features, dfeatures, dU, U, V, dn, den, dden;
     explicit InfiniMemoryGradient(int hs)
-        : d(hs * (hs + 1)), after(hs * (hs + 1)), transposed(hs * hs), before_transposed(hs * hs), features(QT * hs), dfeatures(QT * hs), dU(QT * hs), U(QT * hs), V(QT * hs),
-          dn(QT * hs), den(QT), dden(QT) {}
+        : d(hs * (hs + 1)), after(hs * (hs + 1)), transposed(hs * hs), before_transposed(hs * hs), features(QT * hs), dfeatures(QT * hs), dU(QT * hs), U(QT * hs),
+          V(QT * hs), dn(QT * hs), den(QT), dden(QT) {}
 };
 
 // From dM', dz' after full segment s: dk += , dv += ; and with delta dM += , dz += , which hold dM', dz' (the identity path) already.
@@ -523,7 +524,7 @@ inline void infini_memory_backward(const InfiniPass& p, const real* dn, const re
 // Leaves the state of sequence s behind this pass in `to`, which may be the block that it started from.
 inline void infini_leave(const AttentionContext& ctx, const InfiniPass& p, int s, real* to) {
     int64_t memory_size = p.kv_heads * p.memory_size(), row_size = p.row_size();
-    int n = ctx.cu_seqlens[s + 1] - ctx.cu_seqlens[s], S = (*p.config)["segment"], old = p.block[s] ? (int)p.block[s][INFINI_PENDING] : 0, pending = (old + n) % S;
+    int n = ctx.cu_seqlens[s + 1] - ctx.cu_seqlens[s], old = p.block[s] ? (int)p.block[s][INFINI_PENDING] : 0, pending = (old + n) % (*p.config)["segment"];
     const real* memory = p.block[s] && p.block[s][INFINI_WRITTEN] > 0 ? p.block[s] + INFINI_MEMORY : nullptr;
     for (int i = p.first[s]; i < p.first[s + 1]; i++)
         if (p.segments[i].write) memory = p.segments[i].write;
