@@ -166,6 +166,12 @@ if "$program" train --help | grep -q "^ *--segment"; then
 else
     echo "SKIPPED carried memory: this program has no attention with a memory"
 fi
+# Validation and samples leave training alone: its memories, its dropout, its batches.
+memory=(--dropout 0.1)
+"$program" train --help | grep -q "^ *--segment" && memory+=(--attention infini,causal --segment 8 --carry-memory)
+good "a run that looks" "${run[@]}" "${memory[@]}" --steps 6 --val-every 1 --sample-every 2 --save-every 2 --out looks
+good "a run that does not" "${run[@]}" "${memory[@]}" --steps 6 --val-every 0 --sample-every 0 --save-every 0 --out blind
+expect "the same training losses" [ "$(losses looks/log.jsonl | sed 's/"val_loss": [^,]*, //')" = "$(losses blind/log.jsonl)" ]
 good "nothing left to do" train --out whole --resume
 good "more steps" train --out whole --resume --steps 10 --schedule "$(sed -n 's/.*"schedule": "\(.*\)".*/\1/p' whole/config.json)"
 expect "ten lines" [ "$(wc -l <whole/log.jsonl)" -eq 10 ]
@@ -179,12 +185,12 @@ error "steps behind the checkpoint" 2 "--steps 3" train --out a --resume --steps
 
 # Killed at any moment, there is always a whole checkpoint, and the run goes on.
 "$program" "${run[@]}" --steps 100000 --save-every 1 --val-every 0 --out killed >/dev/null 2>&1 &
-for i in $(seq 100); do [ -e killed/step_00000003 ] && break; sleep 0.05; done
+for i in $(seq 1200); do [ -e killed/step_00000003 ] && break; sleep 0.05; done
 kill -9 $!; wait $! 2>/dev/null
 good "resume behind a kill" train --out killed --resume --steps $(($(wc -l <killed/log.jsonl) + 5)) --save-every 2
 good "the checkpoint is whole" eval --checkpoint killed --data val.txt
 "$program" "${run[@]}" --steps 100000 --save-every 100000 --val-every 0 --out stopped >stopped.txt 2>&1 &
-for i in $(seq 100); do [ -s stopped/log.jsonl ] && break; sleep 0.05; done
+for i in $(seq 1200); do [ -s stopped/log.jsonl ] && break; sleep 0.05; done
 error "two runs in one directory" 3 "another run" "${run[@]}" --out stopped --resume
 kill -TERM $!; wait $!; status=$?
 expect "SIGTERM ends the run with 0" [ $status -eq 0 ]
