@@ -8,6 +8,8 @@
 # A mutant runs against the gradient cases of its layer; if these stay green, against all gradient cases, then against all others with a
 # backward pass. Prints a line a mutant, and at the end `N mutants: N caught, N did not compile, N survived`; exit 1 if any survived, or if the tests fail with no mutant.
 set -euo pipefail
+
+main() {  # read to its end before it runs: the file may change meanwhile
 here=$(cd "$(dirname "$0")/../.." && pwd)
 jobs=2 list=no patterns=()
 while [ $# -gt 0 ]; do
@@ -38,8 +40,8 @@ else
 fi
 if [ $list = yes ]; then cat "$dir/chosen"; exit; fi
 
-$CXX -std=c++17 -O1 -march=native -ffast-math -fno-finite-math-only -fopenmp -w -DREAL=double -DNO_CBLAS "$dir/dev/test/layer_tests.cpp" -o "$dir/tests"
-export dir OMP_NUM_THREADS=1
+$CXX -std=c++17 -O2 -march=native -ffast-math -fno-finite-math-only -fopenmp -w -DREAL=double -DNO_CBLAS "$dir/dev/test/layer_tests.cpp" -o "$dir/tests"
+export dir OMP_WAIT_POLICY=passive
 backward_cases="gradient/ ragged/ poison/ same/"
 export backward_cases
 "$dir/tests" $backward_cases >"$dir/unbroken" || { echo "the tests fail with no mutant:" >&2; grep -v '^ok' "$dir/unbroken" >&2; exit 1; }
@@ -76,3 +78,5 @@ total=$(wc -l <"$dir/results")
 survived=$(count SURVIVED)
 echo "$total mutants: $(count caught) caught, $(count 'no code') did not compile, $survived survived"
 [ "$survived" = 0 ]
+}
+main "$@"; exit
