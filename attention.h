@@ -574,8 +574,9 @@ inline std::vector<TensorSpec> infini_parameters(const AttentionConfig& a) {
     TensorSpec beta = vector_spec("beta", a.heads, 0);
     beta.storage = Storage::FLOAT32;
     beta.lr_multiplier = a.number("gate-lr");
-    return {matrix_spec("wqkv", qkv_size(a), a.channels, 0.02), vector_spec("bqkv", qkv_size(a), 0), matrix_spec("wo", a.channels, a.channels, a.residual_std()),
-            vector_spec("bo", a.channels, 0), beta};
+    std::vector<TensorSpec> list = causal_parameters(a);
+    list.push_back(beta);
+    return list;
 }
 
 inline double infini_flops(const AttentionConfig& a, double T) {
@@ -592,7 +593,7 @@ inline AttentionDescription infini_description() {
              {"segment", "tokens a segment", 256, 1, MAX_SEGMENT},
              {"memory-update", "how a segment is written: all of it (linear), or what the memory does not say already (delta)", 0, 0, 0, {"linear", "delta"}},
              {"memory-init", "where the memory's normaliser starts", 0, 0, 0, {"one", "zero"}},
-             {"first-segment", "while the memory is empty: local attention alone (pass), or gated with zeros as in the paper (gated)", 0, 0, 0, {"pass", "gated"}},
+             {"first-segment", "while the memory is empty: local attention alone (pass), or gated with zeros (gated, the paper)", 0, 0, 0, {"pass", "gated"}},
              {"gate-lr", "learning rate of the gates, in units of the model's", 30, 0, 1e6, {}, /*fraction*/ true}},
             resolve_kv_heads,
             infini_parameters,
@@ -979,8 +980,8 @@ inline void infini_query_backward(const InfiniPass& p, const real* dn, const rea
 struct InfiniMemoryGradient {
     RealVector d, after, transposed, before_transposed, features, dfeatures, dU, U, V, dn, den, dden;
     explicit InfiniMemoryGradient(int hs)
-        : d(hs * (hs + 1)), after(hs * (hs + 1)), transposed(hs * hs), before_transposed(hs * hs), features(QT * hs), dfeatures(QT * hs), dU(QT * hs), U(QT * hs), V(QT * hs),
-          dn(QT * hs), den(QT), dden(QT) {}
+        : d(hs * (hs + 1)), after(hs * (hs + 1)), transposed(hs * hs), before_transposed(hs * hs), features(QT * hs), dfeatures(QT * hs), dU(QT * hs), U(QT * hs),
+          V(QT * hs), dn(QT * hs), den(QT), dden(QT) {}
 };
 
 // From dM', dz' after full segment s: dk += , dv += ; and with delta dM += , dz += , which hold dM', dz' (the identity path) already.
@@ -1062,7 +1063,7 @@ inline void infini_memory_backward(const InfiniPass& p, const real* dn, const re
 // Leaves the state of sequence s behind this pass in `to`, which may be the block that it started from.
 inline void infini_leave(const AttentionContext& ctx, const InfiniPass& p, int s, real* to) {
     int64_t memory_size = p.kv_heads * p.memory_size(), row_size = p.row_size();
-    int n = ctx.cu_seqlens[s + 1] - ctx.cu_seqlens[s], S = (*p.config)["segment"], old = p.block[s] ? (int)p.block[s][INFINI_PENDING] : 0, pending = (old + n) % S;
+    int n = ctx.cu_seqlens[s + 1] - ctx.cu_seqlens[s], old = p.block[s] ? (int)p.block[s][INFINI_PENDING] : 0, pending = (old + n) % (*p.config)["segment"];
     const real* memory = p.block[s] && p.block[s][INFINI_WRITTEN] > 0 ? p.block[s] + INFINI_MEMORY : nullptr;
     for (int i = p.first[s]; i < p.first[s + 1]; i++)
         if (p.segments[i].write) memory = p.segments[i].write;

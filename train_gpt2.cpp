@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "attention.h"
+#include "gpt2/program.h"
 #include "gpt2/state.h"
 #include "gpt2/trainer.h"
 
@@ -530,8 +531,6 @@ std::unique_ptr<Trainer> make_trainer(const ModelConfig& config, const TrainerOp
 
 // --------------------------------------------------------------------------------------------------------------------------------------------------
 // 3. main
-
-#include "gpt2/program.h"
 
 int main(int argc, char** argv) { return run_program(argc, argv); }
 #endif

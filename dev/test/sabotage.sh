@@ -55,15 +55,15 @@ one() {
         mla_*) cases=gradient/mla ;;
     esac
     for rest in "$cases" gradient/ "$backward_cases"; do
-        MUTANT=$number timeout 600 "$dir/tests" --first-failure $rest >"$dir/out.$number" 2>&1 || status=$?
+        { MUTANT=$number timeout 120 "$dir/tests" --first-failure $rest >"$dir/out.$number" 2>&1; } 2>/dev/null || status=$?
         [ $status = 0 ] || break
     done
     by=$(grep -m1 '^FAIL' "$dir/out.$number" | cut -c7-) || true
     case $status in
         0) verdict='SURVIVED' ;;
-        77) verdict='no code ' ;;
+        77) verdict='invalid ' ;;
         1) verdict='caught  ' ;;
-        124) verdict='caught  ' by='does not end' ;;
+        124) verdict='caught  ' by='hang' ;;
         *) if [ $status -gt 128 ]; then verdict='caught  ' by='crash'; else echo "cannot run the tests: status $status" >&2; exit 255; fi ;;
     esac
     rm -f "$dir/out.$number"
@@ -76,7 +76,7 @@ count() { grep -c "^$1" "$dir/results" || true; }
 total=$(wc -l <"$dir/results")
 [ "$total" = "$(wc -l <"$dir/chosen")" ] || { echo "only $total mutants were run" >&2; exit 1; }
 survived=$(count SURVIVED)
-echo "$total mutants: $(count caught) caught, $(count 'no code') did not compile, $survived survived"
+echo "$total mutants: $(count caught) caught, $(count invalid) did not compile, $survived survived"
 [ "$survived" = 0 ]
 }
 main "$@"; exit

@@ -147,51 +147,61 @@ inline real dot(int n, const real* a, const real* b) {
 
 enum Transpose { NO, YES };
 
-// A strip of N_BLOCK columns of C at a time, by one thread: for each K_BLOCK the strip of op(B) is packed side by side (64 KB of second-level cache), and all
-// rows of A pass over it. A transposed A is first turned around, SLAB rows at once, by all threads: read in place, each step of p would touch another page.
+// A strip of C by one thread: for each K_BLOCK, up to 4 panels of op(B) of PANEL columns are packed side by side (64 KB each, second-level cache), and all
+// rows of A pass over them, MR at a time (6 KB, first-level cache): A, which may have to come from further away, is read once for 4 panels.
+// A transposed A is first turned around, some rows at once, by all threads: read in place, each step of p would touch another page.
 inline void matmul_builtin(Transpose ta, Transpose tb, int64_t M, int64_t N, int64_t K, real alpha, const real* A, int64_t lda, const real* B, int64_t ldb,
                            real beta, real* C, int64_t ldc) {
-    constexpr int64_t N_BLOCK = NV * W, K_BLOCK = 256, SLAB = 4096;
+    constexpr int64_t PANEL = NV * W, K_BLOCK = 256;
+    static thread_local RealVector turned, packed;  // kept: fresh pages from the system cost as much as the product of a small matrix
     if (ta == YES) {
-        RealVector turned((size_t)(std::min(M, SLAB) * K));
-        for (int64_t i0 = 0; i0 < M; i0 += SLAB) {
-            int64_t rows = std::min(SLAB, M - i0);
+        int64_t slab = std::max<int64_t>(64, (1 << 22) / std::max<int64_t>(K, 1) / 64 * 64);
+        if ((int64_t)turned.size() < std::min(M, slab) * K) turned.resize(std::min(M, slab) * K);
+        real* rows = turned.data();
+        for (int64_t i0 = 0; i0 < M; i0 += slab) {
+            int64_t m = std::min(slab, M - i0);
 #pragma omp parallel for collapse(2)
-            for (int64_t i = 0; i < rows; i += 64)
+            for (int64_t i = 0; i < m; i += 64)
                 for (int64_t p = 0; p < K; p += 64)
-                    tile_transpose((int)std::min<int64_t>(64, K - p), (int)std::min<int64_t>(64, rows - i), A + p * lda + i0 + i, lda, &turned[i * K + p], K);
-            matmul_builtin(NO, tb, rows, N, K, alpha, turned.data(), K, B, ldb, beta, C + i0 * ldc, ldc);
+                    tile_transpose((int)std::min<int64_t>(64, K - p), (int)std::min<int64_t>(64, m - i), A + p * lda + i0 + i, lda, rows + i * K + p, K);
+            matmul_builtin(NO, tb, m, N, K, alpha, rows, K, B, ldb, beta, C + i0 * ldc, ldc);
         }
         return;
     }
-    // Whole columns of C if there are enough strips to go round (each strip of B is then packed once), otherwise C is cut along M too.
-    int64_t strips = (N + N_BLOCK - 1) / N_BLOCK, pieces = std::max<int64_t>(1, std::min((3 * num_threads() + strips - 1) / strips, M / (4 * MR)));
+    // About three tasks a thread: narrower strips first, then, if there are still too few, C is cut along M too (each piece packs its strip of B again).
+    int64_t panels = (N + PANEL - 1) / PANEL, tasks = 3 * num_threads(), width = std::max<int64_t>(1, std::min<int64_t>(4, panels / tasks)) * PANEL;
+    int64_t strips = (N + width - 1) / width, pieces = std::max<int64_t>(1, std::min((tasks + strips - 1) / strips, M / (4 * MR)));
     int64_t m_block = ((M + pieces - 1) / pieces + MR - 1) / MR * MR;
     pieces = (M + m_block - 1) / m_block;
-#pragma omp parallel
-    {
-        RealVector pack(K_BLOCK * N_BLOCK);
-#pragma omp for collapse(2) schedule(dynamic)
-        for (int64_t nb = 0; nb < strips; nb++)
-            for (int64_t mb = 0; mb < pieces; mb++) {
-                int64_t i0 = mb * m_block, m = std::min(m_block, M - i0), j0 = nb * N_BLOCK, n = std::min(N_BLOCK, N - j0);
-                if (beta != 1 && !(beta == 0 && K > 0))
-                    for (int64_t i = i0; i < i0 + m; i++)
-                        for (int64_t j = j0; j < j0 + n; j++) C[i * ldc + j] = beta == 0 ? 0 : beta * C[i * ldc + j];
-                for (int64_t p0 = 0; p0 < K; p0 += K_BLOCK) {
-                    int64_t k = std::min(K_BLOCK, K - p0);
+#pragma omp parallel for collapse(2) schedule(dynamic)
+    for (int64_t strip = 0; strip < strips; strip++)
+        for (int64_t piece = 0; piece < pieces; piece++) {
+            if (packed.size() < K_BLOCK * 4 * PANEL) packed.resize(K_BLOCK * 4 * PANEL);
+            int64_t i0 = piece * m_block, m = std::min(m_block, M - i0), j0 = strip * width, n = std::min(width, N - j0);
+            if (K == 0 || (beta != 1 && beta != 0))
+                for (int64_t i = i0; i < i0 + m; i++)
+                    for (int64_t j = j0; j < j0 + n; j++) C[i * ldc + j] = beta == 0 ? 0 : beta * C[i * ldc + j];
+            for (int64_t p0 = 0; p0 < K; p0 += K_BLOCK) {
+                int64_t k = std::min(K_BLOCK, K - p0);
+                for (int64_t j = 0; j < n; j += PANEL) {
+                    int64_t columns = std::min(PANEL, n - j);
+                    real* to = &packed[j * K_BLOCK];
                     if (tb == YES) {
-                        tile_transpose((int)n, (int)k, B + j0 * ldb + p0, ldb, pack.data(), n);
+                        tile_transpose((int)columns, (int)k, B + (j0 + j) * ldb + p0, ldb, to, columns);
                     } else {
-                        for (int64_t p = 0; p < k; p++) memcpy(&pack[p * n], B + (p0 + p) * ldb + j0, n * sizeof(real));
+                        for (int64_t p = 0; p < k; p++) memcpy(to + p * columns, B + (p0 + p) * ldb + j0 + j, columns * sizeof(real));
                     }
-                    if (alpha != 1)
-                        for (int64_t i = 0; i < k * n; i++) pack[i] *= alpha;
-                    // beta 0 overwrites: what stood in C may have been NaN
-                    tile_matmul((int)m, (int)n, (int)k, A + i0 * lda + p0, lda, 1, pack.data(), n, C + i0 * ldc + j0, ldc, !(beta == 0 && p0 == 0));
+                    for (int64_t i = 0; alpha != 1 && i < k * columns; i++) to[i] *= alpha;
                 }
+                bool accumulate = !(beta == 0 && p0 == 0);  // beta 0 overwrites: what stood in C may have been NaN
+                for (int64_t i = 0; i < m; i += MR)
+                    for (int64_t j = 0; j < n; j += PANEL) {
+                        int64_t columns = std::min(PANEL, n - j);
+                        tile_matmul((int)std::min<int64_t>(MR, m - i), (int)columns, (int)k, A + (i0 + i) * lda + p0, lda, 1, &packed[j * K_BLOCK], columns,
+                                    C + (i0 + i) * ldc + j0 + j, ldc, accumulate);
+                    }
             }
-    }
+        }
 }
 
 #ifndef NO_CBLAS
