@@ -716,7 +716,7 @@ static Numbers extended(const Layer& layer, const Pass& all) {
 
 static void threads_case(const Variant& v) {
     Layer layer(v);
-    Pass pass(layer, Batch({3, 0, v.block + 1, 17}), 41);
+    Pass pass(layer, mixed_lengths(v.block), 41);
     Outcome one = both(layer, pass);
     Numbers extended_one = extended(layer, pass);
     for (int threads : {2, 3, 5}) {
@@ -1195,6 +1195,17 @@ static void control_infini_case() {
     }
 }
 
+static void control_lightning_case() {
+    Variant minimax = {"lightning", "none", 16, 4, 20, 0, 1, 3}, other = minimax;
+    for (const char* s : {"lightning:decay=fla", "lightning:decay=none"}) {
+        other.attention = s;
+        check_differ(outputs_differ(minimax, other), forward_tolerance(), s);
+    }
+    other = minimax;
+    other.layer = 0;
+    check_differ(outputs_differ(minimax, other), forward_tolerance(), "another network layer's decay");
+}
+
 // The gradient check notices a gradient that is off by one part in 10,000, and one with one element forgotten.
 static void control_gradient_case() {
     Random random(3);
@@ -1356,6 +1367,7 @@ static std::vector<Case> all_cases() {
         cases.push_back({"control/infini", control_infini_case});
     }
     if (has("lightning")) {
+        cases.push_back({"control/lightning", control_lightning_case});
         for (const char* decay : {"minimax", "fla", "none"})
             cases.push_back({format("same/lightning-schemes/%s", decay), [=] { lightning_schemes_case(decay); }});
     }
