@@ -300,7 +300,8 @@ struct Pass {
 static Numbers forward(const Layer& layer, const Pass& pass, const Store& saved, bool training = true) {
     Buffer scratch = pass.make_scratch(layer, training), out(pass.x.size(), pass.fill);
     if (pass.in_place) std::copy(pass.residual.begin(), pass.residual.end(), out.data);
-    layer.functions->forward(pass.context(layer, scratch), layer.parameters.tensors, saved.tensors, pass.x.data(), pass.in_place ? out.data : pass.residual.data(), out.data);
+    layer.functions->forward(pass.context(layer, scratch), layer.parameters.tensors, saved.tensors, pass.x.data(),
+                             pass.in_place ? out.data : pass.residual.data(), out.data);
     check_that(scratch.intact() && out.intact(), "forward wrote outside of its scratch memory or out");
     saved.check_guards("forward");
     return out.numbers();
@@ -316,7 +317,8 @@ static Gradients backward(const Layer& layer, const Pass& pass, const Store& sav
     Buffer scratch = pass.make_scratch(layer), dx(pass.x.size(), pass.fill);
     Store gradients(layer.parameters.tensors.specs, 0);
     for (size_t i = 0; start && i < gradients.count(); i++) std::copy((*start)[i].begin(), (*start)[i].end(), gradients.buffers[i].data);
-    layer.functions->backward(pass.context(layer, scratch), layer.parameters.tensors, gradients.tensors, saved.tensors, pass.x.data(), pass.dout.data(), dx.data);
+    layer.functions->backward(pass.context(layer, scratch), layer.parameters.tensors, gradients.tensors, saved.tensors, pass.x.data(), pass.dout.data(),
+                              dx.data);
     check_that(scratch.intact() && dx.intact(), "backward wrote outside of its scratch memory or dx");
     saved.check_guards("backward");
     gradients.check_guards("backward");
@@ -345,7 +347,8 @@ static Outcome both(const Layer& layer, const Pass& pass) {
 static void compare_gradients(const Layer& layer, const Gradients& a, const Gradients& b, double tolerance, const std::string& what) {
     check(row_error(a.dx, b.dx, layer.C()), tolerance, what + ", dx");
     for (size_t i = 0; i < b.parameters.size(); i++)
-        check(row_error(a.parameters[i], b.parameters[i], std::max<int64_t>(1, (int64_t)b.parameters[i].size())), tolerance, what + ", d" + layer.parameters.name(i));
+        check(row_error(a.parameters[i], b.parameters[i], std::max<int64_t>(1, (int64_t)b.parameters[i].size())), tolerance,
+              what + ", d" + layer.parameters.name(i));
 }
 
 static double forward_tolerance() { return is_double ? 1e-10 : 1e-4; }
@@ -814,7 +817,8 @@ struct Core {
                     for (int j = 0; j < a.k_len(s); j++) {
                         if (j > at || (a.window && j <= at - a.window)) continue;
                         score[j] = 0;
-                        for (int c = 0; c < a.d_qk; c++) score[j] += (double)q[row * a.q_stride + h * a.d_qk + c] * k[(cu_k[s] + j) * a.k_stride + g * a.k_head + c];
+                        for (int c = 0; c < a.d_qk; c++)
+                            score[j] += (double)q[row * a.q_stride + h * a.d_qk + c] * k[(cu_k[s] + j) * a.k_stride + g * a.k_head + c];
                         score[j] *= a.scale;
                         m = std::max(m, score[j]);
                     }
@@ -854,7 +858,8 @@ struct Core {
             }
         check(worst_o, tolerance, what + ", o");
         check(worst_lse, tolerance, what + ", lse");
-        for (int64_t n = 0; n < cu_q.back(); n++) check_that(o[n * o_stride() + o_stride() - 1] != o[n * o_stride() + o_stride() - 1], what + ": wrote between rows");
+        for (int64_t n = 0; n < cu_q.back(); n++)
+            check_that(o[n * o_stride() + o_stride() - 1] != o[n * o_stride() + o_stride() - 1], what + ": wrote between rows");
     }
 };
 
@@ -1004,7 +1009,8 @@ static void helpers_gradient_case() {
     {
         Numbers x = random.normals(N * C), w = random.normals(OC * C), b = random.normals(OC), dout = random.normals(N * OC);
         for (bool accumulate : {false, true}) {
-            Numbers dx0 = random.normals(N * C), dw0 = random.normals(OC * C), db0 = random.normals(OC), dx = accumulate ? dx0 : Numbers(N * C, NOT_A_NUMBER), dw = dw0, db = db0;
+            Numbers dx0 = random.normals(N * C), dw0 = random.normals(OC * C), db0 = random.normals(OC), dx = accumulate ? dx0 : Numbers(N * C, NOT_A_NUMBER),
+                    dw = dw0, db = db0;
             cpu::linear_backward(dx.data(), accumulate, dw.data(), db.data(), dout.data(), x.data(), w.data(), N, C, OC);
             auto f = [&] {
                 Numbers y(N * OC, NOT_A_NUMBER);
@@ -1018,7 +1024,8 @@ static void helpers_gradient_case() {
     }
     for (bool in_place : {false, true}) {
         C = 67;
-        Numbers u = random.normals(N * C), gain = random.normals(C), dy = random.normals(N * C), rstd(N), y(N * C), du(N * C, NOT_A_NUMBER), dgain0 = random.normals(C), dgain = dgain0;
+        Numbers u = random.normals(N * C), gain = random.normals(C), dy = random.normals(N * C), rstd(N), y(N * C), du(N * C, NOT_A_NUMBER),
+                dgain0 = random.normals(C), dgain = dgain0;
         cpu::rmsnorm_forward(y.data(), C, rstd.data(), u.data(), C, gain.data(), N, C);
         Numbers dout = dy;
         cpu::rmsnorm_backward(in_place ? dy.data() : du.data(), C, dgain.data(), dy.data(), C, u.data(), C, rstd.data(), gain.data(), N, C);
@@ -1046,7 +1053,8 @@ static void helpers_gradient_case() {
         for (int64_t n = 0; n < N; n++)
             for (int i = 0; i < 12; i += 2) {  // as complex numbers: y = x·e^{i·position·θ}
                 double angle = position[n] * std::pow(10000.0, -(double)(i % 6) / 6), a = x[n * 12 + i], b = x[n * 12 + i + 1];
-                worst = std::max({worst, std::fabs(y[n * 12 + i] - (a * std::cos(angle) - b * std::sin(angle))), std::fabs(y[n * 12 + i + 1] - (a * std::sin(angle) + b * std::cos(angle)))});
+                worst = std::max({worst, std::fabs(y[n * 12 + i] - (a * std::cos(angle) - b * std::sin(angle))),
+                                  std::fabs(y[n * 12 + i + 1] - (a * std::sin(angle) + b * std::cos(angle)))});
             }
         check(worst, 1e-12, "rope against its definition");
     }
@@ -1116,7 +1124,8 @@ static void same_case(const Variant& va, const Variant& vb, bool bits = false) {
         int k = b.parameters.tensors.find(a.parameters.name(i));
         if (k < 0) continue;
         shared++;
-        check(error(ob.gradients.parameters[k], oa.gradients.parameters[i], (int64_t)oa.gradients.parameters[i].size()), tolerance, std::string("d") + a.parameters.name(i));
+        check(error(ob.gradients.parameters[k], oa.gradients.parameters[i], (int64_t)oa.gradients.parameters[i].size()), tolerance,
+              std::string("d") + a.parameters.name(i));
     }
     check_that(shared > 3, "too few parameters in common");
 }
@@ -1189,7 +1198,8 @@ static void control_case() {
 
 static void control_infini_case() {
     Variant pass = {"infini:segment=5", "rope", 16, 4, 5}, other = pass;
-    for (const char* s : {"infini:segment=5:first-segment=gated", "infini:segment=5:memory-update=delta", "infini:segment=5:memory-init=zero", "infini:segment=6"}) {
+    for (const char* s :
+         {"infini:segment=5:first-segment=gated", "infini:segment=5:memory-update=delta", "infini:segment=5:memory-init=zero", "infini:segment=6"}) {
         other.attention = s;
         check_differ(outputs_differ(pass, other), forward_tolerance(), s);
     }
@@ -1347,7 +1357,8 @@ static std::vector<Case> all_cases() {
         for (const Variant& v : tested)
             if (recurrent(v)) cases.push_back({format("gradient/%s/memory", v.name().c_str()), [=] { memory_gradient_case(v, false); }});
         for (const Variant& v : tested)
-            if (v.layer_name() == "lightning") cases.push_back({format("gradient/%s/through-memory", v.name().c_str()), [=] { memory_gradient_case(v, true); }});
+            if (v.layer_name() == "lightning")
+                cases.push_back({format("gradient/%s/through-memory", v.name().c_str()), [=] { memory_gradient_case(v, true); }});
     }
     add_variants("ragged", ragged_case);
     for (const Variant& v : tested)
@@ -1402,7 +1413,9 @@ static void run_case(const Case& c) {
     double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
     bool ok = results.failures == 0 && results.checks > 0;
     (ok ? passed : failed)++;
-    std::string worst = results.worst >= 0 || results.worst != results.worst ? format(", worst %.2g of %.2g (%s)", results.error, results.tolerance, results.what.c_str()) : "";
+    std::string worst = results.worst >= 0 || results.worst != results.worst
+                            ? format(", worst %.2g of %.2g (%s)", results.error, results.tolerance, results.what.c_str())
+                            : "";
     printf("%s  %-78s %5d checks%s  %.2f s\n%s", ok ? "ok  " : "FAIL", c.name.c_str(), results.checks, worst.c_str(), seconds, results.messages.c_str());
     if (results.failures > 5) printf("      ... and %d more\n", results.failures - 5);
     fflush(stdout);

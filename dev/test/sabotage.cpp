@@ -186,9 +186,9 @@ struct Source {
         begin = skip_space(begin);
         if (begin >= end) return;
         std::string t = clean.substr(begin, end - begin);
-        static const std::regex real_declaration(R"(^(const )?real\b)"),
-            left_alone(R"(^(continue|break|assert|using|static|typedef)\b)"),
-            declaration(R"(^(const |constexpr )?(struct )?[A-Za-z_][\w:]*(<[^;=]*?>)?[\s*&]+[A-Za-z_]\w*\s*([=({\[,][\s\S]*)?$)"), call(R"(^[A-Za-z_][\w:.\->\[\]]*\([\s\S]*\)$)");
+        static const std::regex real_declaration(R"(^(const )?real\b)"), left_alone(R"(^(continue|break|assert|using|static|typedef)\b)"),
+            declaration(R"(^(const |constexpr )?(struct )?[A-Za-z_][\w:]*(<[^;=]*?>)?[\s*&]+[A-Za-z_]\w*\s*([=({\[,][\s\S]*)?$)"),
+            call(R"(^[A-Za-z_][\w:.\->\[\]]*\([\s\S]*\)$)");
         if (std::regex_search(t, left_alone)) return;
         if (!t.compare(0, 6, "return")) {
             for (const Function& f : functions)
@@ -219,7 +219,9 @@ struct Source {
                 std::vector<size_t> at = cuts(open + 1, end - 1);
                 for (size_t i = 0; i + 1 < at.size(); i++) {
                     std::string argument = piece(at[i], at[i + 1] - 1);
-                    const char* how = argument == "true" || argument == "false" ? "turned" : argument == "-1" || (argument == "1" && !t.compare(0, 7, "matmul(")) ? "negated" : nullptr;
+                    const char* how = argument == "true" || argument == "false"                              ? "turned"
+                                      : argument == "-1" || (argument == "1" && !t.compare(0, 7, "matmul(")) ? "negated"
+                                                                                                             : nullptr;
                     if (how) wrap(at[i], at[i + 1] - 1, how, mutant(begin, end, "turn " + std::to_string(i + 1)));
                 }
             }

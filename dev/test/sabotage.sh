@@ -5,8 +5,9 @@
 #
 #     dev/test/sabotage.sh [--jobs N] [--list] [PATTERN...]      PATTERN: regular expressions, of which a mutant's line must contain one (a function's name)
 #
-# A mutant runs against the gradient cases of its layer; if these stay green, against all gradient cases, then against all others with a
-# backward pass. Prints a line a mutant, and at the end `N mutants: N caught, N did not compile, N survived`; exit 1 if any survived, or if the tests fail with no mutant.
+# A mutant runs against the gradient cases of its layer; if these stay green, against all gradient cases, then against all others with a backward pass.
+# Prints a line a mutant with the case that caught it (crash: a signal; hang: two minutes; invalid: minus a pointer, which would not compile), and at the
+# end `N mutants: N caught, N did not compile, N survived`; exit 1 if any survived, or if the tests fail with no mutant.
 set -euo pipefail
 
 main() {  # read to its end before it runs: the file may change meanwhile
