@@ -611,8 +611,18 @@ static void extend_to_end(const Layer& layer, const Pass& all, PagedStates& page
     }
 }
 
-static void extend_case(const Variant& v) {
+typedef void (*Extend)(const cpu::AttentionContext&, const Tensors&, const real*, const real*, real*);
+
+static void extend_case(const Variant& v, Extend other_extend = nullptr) {
     Layer layer(v);
+    cpu::Attention functions = *layer.functions;
+    if (other_extend) {
+        functions.extend = other_extend;
+        functions.scratch = [](const AttentionConfig& a, int64_t N, int64_t num_seqs, int64_t kv_tokens, bool training) {  // room for any way to do it
+            return cpu::attention(a.name).scratch(a, N + kv_tokens, num_seqs, N + kv_tokens, training);
+        };
+    }
+    layer.functions = &functions;
     int K = v.block;
     Pass all(layer, mixed_lengths(K), 21);
     Store saved = all.make_saved(layer);
@@ -629,6 +639,15 @@ static void extend_case(const Variant& v) {
         check(row_error(minus(out, all.residual), expected, v.channels), forward_tolerance(), format("chunks of %d, pages of %d", chunk, page));
         paged.check_untouched();
     }
+}
+
+// MLA chooses a form of its attention by what it costs: here each is forced in turn, and all of them in one batch.
+template <int form>
+static void extend_as(const cpu::AttentionContext& ctx, const Tensors& parameters, const real* x, const real* residual, real* out) {
+    cpu::mla_extend_as(ctx, parameters, x, residual, out, [](const AttentionConfig&, double n, double P) {
+        const MlaForm forms[] = {MlaForm::UNABSORBED, MlaForm::ABSORBED, MlaForm::MERGED};
+        return forms[form < 3 ? form : (int)(n + P) % 3];
+    });
 }
 
 // --------------------------------------------------------------------------------------------------------------------------------------------------
@@ -1363,6 +1382,10 @@ static std::vector<Case> all_cases() {
     add_variants("ragged", ragged_case);
     for (const Variant& v : tested)
         if (v.dropout == 0) cases.push_back({"extend/" + v.name(), [=] { extend_case(v); }});
+    const std::pair<const char*, Extend> forms[] = {{"unabsorbed", extend_as<0>}, {"absorbed", extend_as<1>}, {"merged", extend_as<2>}, {"mixed", extend_as<3>}};
+    for (const Variant& v : tested)
+        for (const auto& form : forms)
+            if (v.dropout == 0 && v.layer_name() == "mla") cases.push_back({"extend/" + v.name() + "/" + form.first, [=] { extend_case(v, form.second); }});
     for (const Variant& v : tested)
         if (recurrent(v) && v.dropout == 0) cases.push_back({"memory/" + v.name(), [=] { memory_case(v); }});
     add_variants("threads", threads_case);
