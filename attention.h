@@ -211,6 +211,7 @@ inline real softmax_row(real* s, int n, int lo, int hi, real scale, real* m, rea
     lo = std::min(std::max(lo, 0), n);
     hi = std::max(hi, lo);
     real highest = MINUS_INFINITY;
+#pragma omp simd reduction(max : highest)
     for (int j = lo; j < hi; j++) highest = std::max(highest, s[j]);
     real before = *m, now = std::max(before, highest * scale), sum = 0;
     if (lo == hi || now == MINUS_INFINITY) {

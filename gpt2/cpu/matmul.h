@@ -88,18 +88,19 @@ inline void tile_kernel(int k, const real* a, int64_t ai, int64_t ap, const real
         for (int v = 0; v < V; v++) *(vec*)(c + i * ldc + v * W) = sum[i][v];
 }
 
-template <int V>
+template <int R, int V>
 inline void tile_columns(int m, int k, const real* a, int64_t ai, int64_t ap, const real* b, int64_t ldb, real* c, int64_t ldc, bool accumulate) {
     int i = 0;
-    for (; i + MR <= m; i += MR) tile_kernel<MR, V>(k, a + i * ai, ai, ap, b, ldb, c + i * ldc, ldc, accumulate);
+    for (; i + R <= m; i += R) tile_kernel<R, V>(k, a + i * ai, ai, ap, b, ldb, c + i * ldc, ldc, accumulate);
     for (; i + 2 <= m; i += 2) tile_kernel<2, V>(k, a + i * ai, ai, ap, b, ldb, c + i * ldc, ldc, accumulate);
     for (; i < m; i++) tile_kernel<1, V>(k, a + i * ai, ai, ap, b, ldb, c + i * ldc, ldc, accumulate);
 }
 
 inline void tile_matmul(int m, int n, int k, const real* a, int64_t ai, int64_t ap, const real* b, int64_t ldb, real* c, int64_t ldc, bool accumulate) {
     int j = 0;
-    for (; j + NV * W <= n; j += NV * W) tile_columns<NV>(m, k, a, ai, ap, b + j, ldb, c + j, ldc, accumulate);
-    for (; j + W <= n; j += W) tile_columns<1>(m, k, a, ai, ap, b + j, ldb, c + j, ldc, accumulate);
+    for (; j + NV * W <= n; j += NV * W) tile_columns<MR, NV>(m, k, a, ai, ap, b + j, ldb, c + j, ldc, accumulate);
+    for (; NV > 2 && j + 2 * W <= n; j += 2 * W) tile_columns<8, 2>(m, k, a, ai, ap, b + j, ldb, c + j, ldc, accumulate);
+    for (; j + W <= n; j += W) tile_columns<8, 1>(m, k, a, ai, ap, b + j, ldb, c + j, ldc, accumulate);
     for (int i = 0; i < m && j < n; i++)
         for (int jj = j; jj < n; jj++) {
             real sum = accumulate ? c[i * ldc + jj] : 0;
