@@ -210,10 +210,7 @@ inline bool few_queries(int q_len) { return q_len < 4; }
 inline real softmax_row(real* s, int n, int lo, int hi, real scale, real* m, real* l) {
     lo = std::min(std::max(lo, 0), n);
     hi = std::max(hi, lo);
-    real highest = MINUS_INFINITY;
-#pragma omp simd reduction(max : highest)
-    for (int j = lo; j < hi; j++) highest = std::max(highest, s[j]);
-    real before = *m, now = std::max(before, highest * scale), sum = 0;
+    real before = *m, now = std::max(before, largest(hi - lo, s + lo, MINUS_INFINITY) * scale), sum = 0;
     if (lo == hi || now == MINUS_INFINITY) {
         for (int j = 0; j < n; j++) s[j] = 0;
         return 1;

@@ -120,9 +120,7 @@ inline void gelu_backward(real* dx, const real* dy, const real* x, int64_t n) {
 // ---- classifier: logits = x·wteᵀ, loss_n = lse(logits_n) − logits_n[target_n], softmax over the V real tokens ---------------------------------------------
 // One row of logits (V): returns its loss; with scale > 0 the row becomes its gradient scale·(softmax − onehot).
 inline double classifier_row(real* logits, int V, int target, real scale) {
-    real highest = logits[0], sum = 0, correct = target >= 0 ? logits[target] : 0;
-#pragma omp simd reduction(max : highest)
-    for (int v = 1; v < V; v++) highest = std::max(highest, logits[v]);
+    real highest = largest(V, logits, logits[0]), sum = 0, correct = target >= 0 ? logits[target] : 0;
 #pragma omp simd reduction(+ : sum)
     for (int v = 0; v < V; v++) {
         logits[v] = vexp(logits[v] - highest);

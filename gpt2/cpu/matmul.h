@@ -136,6 +136,21 @@ inline void tile_transpose(int rows, int columns, const real* from, int64_t stri
         for (int c = r < whole_rows ? whole_columns : 0; c < columns; c++) to[c * to_stride + r] = from[r * stride + c];
 }
 
+// The largest of x (n), start if there is none. In vectors by hand: with NaN to be honoured, compilers leave this loop scalar, and a softmax waits for it.
+inline real largest(int n, const real* x, real start) {
+    int i = 0;
+    if (n >= W) {
+        vec m = *(const vec*)x;
+        for (i = W; i + W <= n; i += W) {
+            vec v = *(const vec*)(x + i);
+            m = v > m ? v : m;
+        }
+        for (int l = 0; l < W; l++) start = m[l] > start ? m[l] : start;
+    }
+    for (; i < n; i++) start = x[i] > start ? x[i] : start;
+    return start;
+}
+
 inline real dot(int n, const real* a, const real* b) {
     real sum = 0;
 #pragma omp simd reduction(+ : sum)
