@@ -1,6 +1,9 @@
 #!/usr/bin/env bash
-# make run: trains the small GPT on our stories and shows what it learnt.   dev/run.sh ATTENTION [options of ./train_gpt2 train]
+# make run: trains a small GPT on our stories and shows what it learnt.   dev/run.sh ATTENTION [options of ./train_gpt2 train]
 # Each run gets a directory of its own, runs/ATTENTION, runs/ATTENTION-2, ...: nothing is overwritten.
+#
+# The shape is smaller than the preset's million parameters: in two minutes on two cores what counts is how many stories a model sees (dev/LOG.md,
+# data/README.md). Windows of 1024 bytes hold several stories; --doc-mask keeps them apart.
 set -eu
 attention=$1
 shift
@@ -12,10 +15,14 @@ while [ -e "$out" ]; do
     n=$((n + 1))
 done
 mkdir -p runs
-./train_gpt2 train --preset tiny --attention "$attention" --data data/stories/train.txt --val-data data/stories/val.txt --out "$out" "$@"
+segment=()
+case $attention in *infini*) segment=(--segment 64) ;; esac # stories are short: with the default of 256 most would end before the memory is written
+./train_gpt2 train --preset tiny --layers 2 --heads 4 --channels 64 --max-seq 1024 --batch 4 --doc-mask --lr 0.012 --min-lr 0.0012 --warmup 50 --steps 1500 \
+    --val-every 500 --val-batches 16 --attention "$attention" ${segment[@]+"${segment[@]}"} --data data/stories/train.txt --val-data data/stories/val.txt \
+    --out "$out" "$@"
 echo
 ./train_gpt2 eval --checkpoint "$out" --data data/stories/val.txt --recall
 echo
 echo "Go on with:"
-echo "  ./train_gpt2 generate --checkpoint $out --prompt \"\$(head -c 120 data/stories/val.txt)\" --tokens 200"
-echo "  ./train_gpt2 train --resume --out $out --steps 5000"
+echo "  ./train_gpt2 generate --checkpoint $out --prompt \"Ann hid the silver key in the blue box. Where is the silver key?\""
+echo "  make run ATTENTION=$attention RUN_ARGS=\"--steps 6000\""

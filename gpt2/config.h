@@ -99,7 +99,7 @@ struct ModelConfig {
     int vocab_size = 257;         // V
     int padded_vocab_size = 384;  // Vp, a multiple of 128: rows V.. of wte are padding, never a target, never in the softmax
     int max_seq = 256;            // longest sequence (the rows of wpe)
-    int layers = 4, heads = 4, channels = 128;
+    int layers = 2, heads = 6, channels = 192;
     Positions positions = Positions::LEARNED;
     std::vector<AttentionConfig> attention;  // one for each layer of the network
 
@@ -115,7 +115,7 @@ struct Preset {
 };
 // The published GPT-2 family, and one small enough to learn something in a minute on two cores.
 constexpr Preset presets[] = {
-    {"tiny", 4, 4, 128, 256, 257},          {"gpt2-124M", 12, 12, 768, 1024, 50257},   {"gpt2-350M", 24, 16, 1024, 1024, 50257},
+    {"tiny", 2, 6, 192, 256, 257},          {"gpt2-124M", 12, 12, 768, 1024, 50257},   {"gpt2-350M", 24, 16, 1024, 1024, 50257},
     {"gpt2-774M", 36, 20, 1280, 1024, 50257}, {"gpt2-1558M", 48, 25, 1600, 1024, 50257},
 };
 

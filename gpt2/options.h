@@ -56,7 +56,7 @@ struct PresetDefaults {
     int64_t steps, batch, warmup;
     double lr;
 };
-constexpr PresetDefaults preset_defaults[] = {{"tiny", 500, 16, 50, 2e-3}, {"gpt2", 1000, 4, 100, 6e-4}};
+constexpr PresetDefaults preset_defaults[] = {{"tiny", 500, 16, 50, 4e-3}, {"gpt2", 1000, 4, 100, 6e-4}};
 
 enum Command : unsigned { TRAIN = 1, EVAL = 2, GENERATE = 4, INFO = 8 };
 constexpr struct {
