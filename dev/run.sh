@@ -17,7 +17,7 @@ done
 mkdir -p runs
 segment=()
 case $attention in *infini*) segment=(--segment 64) ;; esac # stories are short: with the default of 256 most would end before the memory is written
-./train_gpt2 train --preset tiny --layers 2 --heads 4 --channels 64 --max-seq 1024 --batch 4 --doc-mask --lr 0.012 --min-lr 0.0012 --warmup 50 --steps 1500 \
+./train_gpt2 train --preset tiny --layers 2 --heads 4 --channels 64 --max-seq 1024 --batch 4 --doc-mask --lr 0.012 --min-lr 0.0005 --warmup 50 --steps 1500 \
     --val-every 500 --val-batches 16 --attention "$attention" ${segment[@]+"${segment[@]}"} --data data/stories/train.txt --val-data data/stories/val.txt \
     --out "$out" "$@"
 echo
