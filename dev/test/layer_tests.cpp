@@ -8,6 +8,7 @@
 //   poison/      what memory held before, and how much more of it there is, changes no bit
 //   core/        the softmax core against the double loop, extreme scores, its gradients where no layer goes
 //   dropout/     the mask against its definition
+//   matmul/      the matrix products and the small vector functions against plain loops
 //   same/        layers and options that must agree with one another
 //   control/     the comparisons above can fail
 //   options/     every option of every layer appears in the table of variants below
@@ -1348,6 +1349,64 @@ static void options_case(const AttentionDescription& d) {
 
 // --------------------------------------------------------------------------------------------------------------------------------------------------
 
+// --------------------------------------------------------------------------------------------------------------------------------------------------
+// Matrix products, the built-in one and whichever matmul() takes, against three loops
+
+static void matmul_case(cpu::Transpose ta, cpu::Transpose tb) {
+    const int shapes[][3] = {{1, 1, 1}, {3, 5, 7}, {6, 64, 16}, {13, 67, 300}, {70, 130, 257}, {129, 259, 33}, {5, 4, 0}, {40, 300, 600}};
+    Random random(seed_of(format("matmul%d%d", ta, tb)));
+    for (const auto& [M, N, K] : shapes)
+        for (real beta : {(real)0, (real)1, (real)-0.5}) {
+            int lda = (ta == cpu::NO ? K : M) + 3, ldb = (tb == cpu::NO ? N : K) + 1, ldc = N + 2;
+            real alpha = beta == 1 ? (real)1 : (real)0.7;
+            Numbers A = random.normals((int64_t)lda * (ta == cpu::NO ? M : K)), B = random.normals((int64_t)ldb * (tb == cpu::NO ? K : N)), C = random.normals((int64_t)M * ldc);
+            Numbers expected = C, builtin = C;
+            for (int i = 0; i < M; i++)
+                for (int j = 0; j < N; j++) {
+                    double sum = 0;
+                    for (int p = 0; p < K; p++) sum += (double)(ta == cpu::NO ? A[i * lda + p] : A[p * lda + i]) * (tb == cpu::NO ? B[p * ldb + j] : B[j * ldb + p]);
+                    expected[i * ldc + j] = (real)(alpha * sum + beta * C[i * ldc + j]);
+                    if (beta == 0) builtin[i * ldc + j] = NOT_A_NUMBER;  // beta 0 overwrites
+                }
+            Numbers chosen = builtin;
+            cpu::matmul_builtin(ta, tb, M, N, K, alpha, A.data(), lda, B.data(), ldb, beta, builtin.data(), ldc);
+            cpu::matmul(ta, tb, M, N, K, alpha, A.data(), lda, B.data(), ldb, beta, chosen.data(), ldc);
+            double tolerance = (is_double ? 1e-14 : 1e-6) * std::sqrt(K + 1.0);
+            for (const Numbers* out : {&builtin, &chosen}) {
+                double error = 0;
+                for (size_t i = 0; i < out->size(); i++) {
+                    double d = std::fabs((double)(*out)[i] - expected[i]) / (1 + std::sqrt((double)K));
+                    if (!(d <= error)) error = d;
+                }
+                check(error, tolerance, format("%s %d x %d x %d, beta %g", out == &builtin ? "built-in" : "matmul()", M, N, K, (double)beta));
+            }
+        }
+}
+
+static void vector_functions_case() {
+    for (double x = -87; x < 88; x += 0.037) check(std::fabs(cpu::vexp((real)x) / std::exp((double)(real)x) - 1), is_double ? 1e-14 : 1e-5, format("exp(%g)", x));
+    check_that(cpu::vexp((real)-1000) == 0 && cpu::vexp(-std::numeric_limits<real>::infinity()) == 0 && std::isinf(cpu::vexp((real)1000)), "exp beyond its range");
+    check_that(std::isnan(cpu::vexp(NOT_A_NUMBER)), "exp(NaN) is NaN");
+    Random random(7);
+    for (int n : {0, 1, 5, 16, 17, 64, 100}) {
+        Numbers x = random.normals(n);
+        real expected = -9;
+        for (real v : x) expected = std::max(expected, v);
+        check_that(cpu::largest(n, x.data(), -9) == expected, format("largest of %d", n));
+    }
+    for (int rows : {1, 15, 16, 33})
+        for (int columns : {1, 16, 20, 64}) {
+            Numbers from = random.normals((rows + 1) * (columns + 2)), to((size_t)columns * (rows + 5), NOT_A_NUMBER);
+            cpu::tile_transpose(rows, columns, from.data(), columns + 2, to.data(), rows + 5);
+            bool ok = true;
+            for (int r = 0; r < rows; r++)
+                for (int c = 0; c < columns; c++) ok = ok && to[c * (rows + 5) + r] == from[r * (columns + 2) + c];
+            for (int c = 0; c < columns; c++)
+                for (int r = rows; r < rows + 5; r++) ok = ok && std::isnan(to[c * (rows + 5) + r]);
+            check_that(ok, format("transpose of %d x %d", rows, columns));
+        }
+}
+
 struct Case {
     std::string name;
     std::function<void()> run;
@@ -1393,6 +1452,9 @@ static std::vector<Case> all_cases() {
     cases.push_back({"core/forward", core_forward_case});
     cases.push_back({"core/extreme", core_extreme_case});
     cases.push_back({"core/pages", core_pages_case});
+    for (cpu::Transpose ta : {cpu::NO, cpu::YES})
+        for (cpu::Transpose tb : {cpu::NO, cpu::YES}) cases.push_back({format("matmul/%s%s", ta ? "T" : "N", tb ? "T" : "N"), [=] { matmul_case(ta, tb); }});
+    cases.push_back({"matmul/vectors", vector_functions_case});
     cases.push_back({"dropout/philox", philox_case});
     cases.push_back({"dropout/mask", dropout_mask_case});
     if (has("infini")) {
