@@ -27,7 +27,7 @@ ASAN     := -O1 -g -march=$(ARCH) -fsanitize=address,undefined -fno-sanitize-rec
 B        := build
 
 .DEFAULT_GOAL := help
-.PHONY: help run test bench asan format deps check-deps clean corpus sabotage references
+.PHONY: FORCE help run test bench asan format deps check-deps clean corpus sabotage references
 .DELETE_ON_ERROR:
 .SECONDARY:
 
@@ -123,6 +123,14 @@ $(B)/asan/%.o: dev/test/%.cpp | $(B)/asan
 
 $(B) $(B)/asan:
 	@mkdir -p $@
+
+# Other settings than last time: everything is built again.
+SETTINGS = $(CXX) $(BASE) $(FAST) $(ASAN) $(LIBS)
+$(B)/settings: FORCE | $(B)
+	@echo '$(SETTINGS)' | cmp -s - $@ || echo '$(SETTINGS)' > $@
+FORCE:
+OBJECTS := $(addprefix $(B)/,$(addsuffix .o,train_gpt2 test_gpt2 program bench stories test_stories layer_tests layer_tests_f64 unit_tests program_unit_tests))
+$(OBJECTS) $(patsubst $(B)/%,$(B)/asan/%,$(OBJECTS)): $(B)/settings
 
 # ---- the corpus: our own stories (data/stories.cpp) -----------------------------------------------------------------------------------------------
 

@@ -12,7 +12,8 @@
 // sequence behind another (cu_seqlens); a dense batch of B rows is the case of B equal sequences.
 // Symbols: N tokens, C channels, NH query heads, KV key/value heads, hs = C/NH head size, L layers. `d` before a name is the loss's gradient.
 //
-// To add a fifth attention: a section of its own below, with a line in the registry; its twin in attention.cuh; its reference in dev/reference.
+// To add a fifth attention: a section of its own below and its two lines in the registry; its reference in dev/reference; its options in the variants of
+// dev/test/layer_tests.cpp. Nothing else asks which layers there are.
 #pragma once
 
 #include <cmath>
@@ -35,8 +36,8 @@ struct AttentionState {
     real* fixed = nullptr;         // AttentionStateSize::per_sequence numbers
     real* const* pages = nullptr;  // page p holds the rows of tokens p·page_size ...
     int page_size = 1;
-    int64_t offset = 0;            // of this network layer within a page
-    int64_t per_token = 0;         // AttentionStateSize::per_token: the length of a row
+    int64_t offset = 0;     // of this network layer within a page
+    int64_t per_token = 0;  // AttentionStateSize::per_token: the length of a row
     real* row(int64_t j) const { return pages[j / page_size] + offset + j % page_size * per_token; }
 };
 
@@ -91,7 +92,8 @@ struct Attention {
     // out = residual + attention(x), all (N,C); fills `saved`. `residual` may be `out`.
     void (*forward)(const AttentionContext&, const Tensors& parameters, const Tensors& saved, const real* x, const real* residual, real* out);
     // From dout (N,C), the gradient of out: dx (N,C), overwritten, through attention alone (the residual path is the identity); gradients += .
-    void (*backward)(const AttentionContext&, const Tensors& parameters, const Tensors& gradients, const Tensors& saved, const real* x, const real* dout, real* dx);
+    void (*backward)(const AttentionContext&, const Tensors& parameters, const Tensors& gradients, const Tensors& saved, const real* x, const real* dout,
+                     real* dx);
     // out = residual + attention(x) for the q_len >= 0 new tokens of each sequence, whose past is in its state; the states are brought up to date.
     void (*extend)(const AttentionContext&, const Tensors& parameters, const real* x, const real* residual, real* out);
 };
@@ -341,7 +343,7 @@ inline void softmax_backward(const SoftmaxAttention& a, const SoftmaxGradients& 
                     tile_transpose(n, a.d_v, a.value(s, j0, kv), a.v_stride, vt.data(), n);
                     std::fill(dk.begin(), dk.end(), (real)0);
                     std::fill(dv.begin(), dv.end(), (real)0);
-                    int i_begin = std::max(0, j0 - shift) / QT * QT;                                          // the first query that sees key j0
+                    int i_begin = std::max(0, j0 - shift) / QT * QT;                                // the first query that sees key j0
                     int i_end = a.window > 0 ? std::min(n_q, j0 + n - 1 + a.window - shift) : n_q;  // behind the last that sees any
                     for (int h = h0; h < h0 + group; h++)
                         for (int i0 = i_begin; i0 < i_end; i0 += QT) {
@@ -397,20 +399,22 @@ inline void softmax_backward(const SoftmaxAttention& a, const SoftmaxGradients& 
 
 constexpr int MAX_HEADS = 4096, MAX_WINDOW = 1 << 30;
 
-inline const AttentionOption kv_heads_option = {"kv-heads", "key/value heads, a divisor of --heads (grouped queries); default: as many", AUTOMATIC, 1, MAX_HEADS};
+inline const AttentionOption kv_heads_option = {"kv-heads", "key/value heads, a divisor of --heads (grouped queries); default: as many", AUTOMATIC, 1,
+                                                MAX_HEADS};
 
 inline void resolve_kv_heads(AttentionConfig& a) {
     if (a["kv-heads"] == AUTOMATIC) a.options["kv-heads"] = a.heads;
     if (a.heads % a["kv-heads"]) usage_error("%d kv-heads do not divide %d heads: change --kv-heads or --heads", a["kv-heads"], a.heads);
     if (a.positions == Positions::ROPE && a.head_size() % 2)
-        usage_error("rotary positions need an even head size, %d channels by %d heads give %d: change --heads, or use --positions none", a.channels, a.heads, a.head_size());
+        usage_error("rotary positions need an even head size, %d channels by %d heads give %d: change --heads, or use --positions none", a.channels, a.heads,
+                    a.head_size());
 }
 
 inline int64_t qkv_size(const AttentionConfig& a) { return (int64_t)(a.heads + 2 * a["kv-heads"]) * a.head_size(); }
 
 inline std::vector<TensorSpec> causal_parameters(const AttentionConfig& a) {
-    return {matrix_spec("wqkv", qkv_size(a), a.channels, 0.02), vector_spec("bqkv", qkv_size(a), 0), matrix_spec("wo", a.channels, a.channels, a.residual_std()),
-            vector_spec("bo", a.channels, 0)};
+    return {matrix_spec("wqkv", qkv_size(a), a.channels, 0.02), vector_spec("bqkv", qkv_size(a), 0),
+            matrix_spec("wo", a.channels, a.channels, a.residual_std()), vector_spec("bo", a.channels, 0)};
 }
 
 inline AttentionStateSize causal_state(const AttentionConfig& a) { return {2 * (int64_t)a["kv-heads"] * a.head_size(), 0}; }
@@ -489,8 +493,8 @@ inline void causal_forward(const AttentionContext& ctx, const Tensors& parameter
     output_forward(ctx, o, a.channels, parameters["wo"], parameters["bo"], residual, out);
 }
 
-inline void causal_backward(const AttentionContext& ctx, const Tensors& parameters, const Tensors& gradients, const Tensors& saved, const real* x, const real* dout,
-                            real* dx) {
+inline void causal_backward(const AttentionContext& ctx, const Tensors& parameters, const Tensors& gradients, const Tensors& saved, const real* x,
+                            const real* dout, real* dx) {
     const AttentionConfig& a = *ctx.config;
     int64_t N = ctx.tokens(), C = a.channels;
     AttentionContext rest = ctx;
@@ -564,9 +568,7 @@ inline int64_t infini_memory_size(const AttentionConfig& a) { return (int64_t)a[
 // pending, written; for each kv head z (hs) and M (hs,hs); for each pending token k and v (2·KV·hs). All zeros: empty.
 constexpr int INFINI_PENDING = 0, INFINI_WRITTEN = 1, INFINI_MEMORY = 2;
 inline int64_t infini_row_size(const AttentionConfig& a) { return 2 * (int64_t)a["kv-heads"] * a.head_size(); }
-inline AttentionStateSize infini_state(const AttentionConfig& a) {
-    return {0, INFINI_MEMORY + infini_memory_size(a) + a["segment"] * infini_row_size(a)};
-}
+inline AttentionStateSize infini_state(const AttentionConfig& a) { return {0, INFINI_MEMORY + infini_memory_size(a) + a["segment"] * infini_row_size(a)}; }
 
 inline std::vector<TensorSpec> infini_parameters(const AttentionConfig& a) {
     TensorSpec beta = vector_spec("beta", a.heads, 0);
@@ -703,7 +705,7 @@ struct InfiniRun {
     int begin, end;  // segments
     SoftmaxAttention core;
     bool pending;
-    int cu_k[2];             // with pending tokens: its keys' offsets,
+    int cu_k[2];      // with pending tokens: its keys' offsets,
     RealVector keys;  // and the keys after the rotation
 };
 
@@ -780,8 +782,7 @@ inline void infini_local_backward(const AttentionContext& ctx, const InfiniPass&
         g.dk_head = g.dv_head = p.hs;
         softmax_backward(run.core, g);
         const InfiniSegment& s = p.segments[run.begin];
-        for (int i = 0; run.pending && i < s.q_len; i++)
-            memcpy(dqkv + (s.row + i) * stride + C, &dkv[(s.pending() + i) * row_size], row_size * sizeof(real));
+        for (int i = 0; run.pending && i < s.q_len; i++) memcpy(dqkv + (s.row + i) * stride + C, &dkv[(s.pending() + i) * row_size], row_size * sizeof(real));
     });
     if (a.positions == Positions::ROPE) rope(dqkv, stride, dqkv, stride, ctx.tokens(), a.heads + p.kv_heads, p.hs, infini_positions(p).data(), -1);
 }
@@ -839,8 +840,10 @@ inline void infini_write(const InfiniPass& p) {
                     const InfiniSegment& s = p.segments[i];
                     const real* before = s.memory ? s.memory + kv * size : nullptr;
                     real *z = s.write + kv * size, *M = z + hs;
-                    if (before) memcpy(z, before, size * sizeof(real));
-                    else std::fill_n(z, hs, p.z_start()), std::fill_n(M, (int64_t)hs * hs, (real)0);
+                    if (before)
+                        memcpy(z, before, size * sizeof(real));
+                    else
+                        std::fill_n(z, hs, p.z_start()), std::fill_n(M, (int64_t)hs * hs, (real)0);
                     for (int t = 0; t < s.k_len; t += QT) {
                         int rows = std::min(QT, s.k_len - t);
                         int64_t stride = p.key_stride(s);
@@ -977,9 +980,19 @@ inline void infini_query_backward(const InfiniPass& p, const real* dn, const rea
 // One kv head on its way backward through a sequence: the gradient of the memory, and tiles.
 struct InfiniMemoryGradient {
     RealVector d, after, transposed, before_transposed, features, dfeatures, dU, U, V, dn, den, dden;
-    explicit InfiniMemoryGradient(int hs)
-        : d(hs * (hs + 1)), after(hs * (hs + 1)), transposed(hs * hs), before_transposed(hs * hs), features(QT * hs), dfeatures(QT * hs), dU(QT * hs), U(QT * hs),
-          V(QT * hs), dn(QT * hs), den(QT), dden(QT) {}
+    explicit InfiniMemoryGradient(int64_t hs)
+        : d(hs * (hs + 1)),
+          after(hs * (hs + 1)),
+          transposed(hs * hs),
+          before_transposed(hs * hs),
+          features(QT * hs),
+          dfeatures(QT * hs),
+          dU(QT * hs),
+          U(QT * hs),
+          V(QT * hs),
+          dn(QT * hs),
+          den(QT),
+          dden(QT) {}
 };
 
 // From dM', dz' after full segment s: dk += , dv += ; and with delta dM += , dz += , which hold dM', dz' (the identity path) already.
@@ -1065,8 +1078,10 @@ inline void infini_leave(const AttentionContext& ctx, const InfiniPass& p, int s
     const real* memory = p.block[s] && p.block[s][INFINI_WRITTEN] > 0 ? p.block[s] + INFINI_MEMORY : nullptr;
     for (int i = p.first[s]; i < p.first[s + 1]; i++)
         if (p.segments[i].write) memory = p.segments[i].write;
-    if (!memory) std::fill_n(to + INFINI_MEMORY, memory_size, (real)0);
-    else if (memory != to + INFINI_MEMORY) memcpy(to + INFINI_MEMORY, memory, memory_size * sizeof(real));
+    if (!memory)
+        std::fill_n(to + INFINI_MEMORY, memory_size, (real)0);
+    else if (memory != to + INFINI_MEMORY)
+        memcpy(to + INFINI_MEMORY, memory, memory_size * sizeof(real));
     real* rows = to + INFINI_MEMORY + memory_size;
     int kept = std::max(0, pending - n);  // nothing was completed: these were pending before
     if (kept > 0 && to != p.block[s]) memcpy(rows, p.rows(s), kept * row_size * sizeof(real));
@@ -1107,8 +1122,8 @@ inline void infini_forward(const AttentionContext& ctx, const Tensors& parameter
 }
 
 // Gradients stop at the border between two passes: the memory and the pending tokens that a sequence came with are constants.
-inline void infini_backward(const AttentionContext& ctx, const Tensors& parameters, const Tensors& gradients, const Tensors& saved, const real* x, const real* dout,
-                            real* dx) {
+inline void infini_backward(const AttentionContext& ctx, const Tensors& parameters, const Tensors& gradients, const Tensors& saved, const real* x,
+                            const real* dout, real* dx) {
     const AttentionConfig& a = *ctx.config;
     int64_t N = ctx.tokens(), C = a.channels;
     AttentionContext rest = ctx;
@@ -1197,7 +1212,11 @@ inline AttentionDescription lightning_description() {
     return {"lightning",
             "linear attention with decay, a state of constant size (MiniMax-01)",
             {{"decay", "how fast each head forgets: minimax, fla (head 0 never), none", DECAY_MINIMAX, 0, 2, {"minimax", "fla", "none"}},
-             {"scheme", "which work is done in parallel, with the same result: auto, sequential (heads), parallel (chunks)", SCHEME_AUTO, 0, 2,
+             {"scheme",
+              "which work is done in parallel, with the same result: auto, sequential (heads), parallel (chunks)",
+              SCHEME_AUTO,
+              0,
+              2,
               {"auto", "sequential", "parallel"}}},
             lightning_resolve,
             lightning_parameters,
@@ -1242,7 +1261,7 @@ struct Lightning {
     int num_seqs, heads, hs;
     int64_t C;
     real scale;                          // c
-    RealVector decays;            // (NH, LIGHTNING_CHUNK+1): e^{−s·d}
+    RealVector decays;                   // (NH, LIGHTNING_CHUNK+1): e^{−s·d}
     std::vector<LightningChunk> chunks;  // of all sequences
     std::vector<int> first;              // (num_seqs+1): a sequence's chunks among them
     bool sequential;
@@ -1254,7 +1273,9 @@ struct Lightning {
 
 // One head's part of a state, which may be null.
 template <class T>
-T* at_head(const Lightning& g, T* state, int h) { return state ? state + g.head_state(h) : nullptr; }
+T* at_head(const Lightning& g, T* state, int h) {
+    return state ? state + g.head_state(h) : nullptr;
+}
 
 inline Lightning make_lightning(const AttentionContext& ctx) {
     const AttentionConfig& a = *ctx.config;
@@ -1381,7 +1402,7 @@ inline void lightning_own_backward(const Lightning& g, const LightningChunk& chu
 // to = e^{−sn}·from + own, all (hs,hs): S from one border to the next, and dS the other way. `to` may be `from` or `own`; `from` null is zero.
 inline void lightning_advance(const Lightning& g, const LightningChunk& chunk, int h, real* to, const real* from, const real* own) {
     real f = g.decay(h)[chunk.n];
-    for (int c = 0; c < g.hs * g.hs; c++) to[c] = from ? f * from[c] + own[c] : own[c];
+    for (int64_t c = 0; c < (int64_t)g.hs * g.hs; c++) to[c] = from ? f * from[c] + own[c] : own[c];
 }
 
 inline void lightning_load_backward(const Lightning& g, const LightningChunk& chunk, int h, const real* d_o, LightningTiles& t) {
@@ -1501,7 +1522,9 @@ inline void lightning_recurrence_backward(const Lightning& g, const real* u, con
 inline int64_t lightning_borders(int64_t N) { return N / LIGHTNING_CHUNK; }
 
 template <class T>
-T* memory_of(T* const* memories, int s) { return memories ? memories[s] : nullptr; }
+T* memory_of(T* const* memories, int s) {
+    return memories ? memories[s] : nullptr;
+}
 
 // Points the chunks at S before and behind them, in saved["states"].
 inline void lightning_point_forward(const AttentionContext& ctx, Lightning& g, const Tensors& saved) {
@@ -1581,8 +1604,10 @@ inline void lightning_forward(const AttentionContext& ctx, const Tensors& parame
     lightning_point_forward(ctx, g, saved);
     for (int s = 0; s < ctx.num_seqs; s++) {
         const real* memory = memory_of(ctx.memory_from, s);
-        if (g.first[s] == g.first[s + 1]) pass_memory(memory_of(ctx.memory_to, s), memory, g.state_size());
-        else pass_memory(g.chunks[g.first[s]].S, memory, g.state_size());
+        if (g.first[s] == g.first[s + 1])
+            pass_memory(memory_of(ctx.memory_to, s), memory, g.state_size());
+        else
+            pass_memory(g.chunks[g.first[s]].S, memory, g.state_size());
     }
     lightning_recurrence_forward(g, u, o);
     lightning_gate_forward(z, saved["rstd"], o, gate, parameters["gain"], N, C);
@@ -1645,17 +1670,17 @@ inline void lightning_extend(const AttentionContext& ctx, const Tensors& paramet
         for (int s = 0; s < ctx.num_seqs; s++)
             for (int h = 0; h < g.heads; h++) {
                 int64_t row = ctx.cu_seqlens[s];
-                if (ctx.cu_seqlens[s + 1] - row == 1) lightning_step(g, h, t, u + row * 3 * C, ctx.states[s].fixed, o + row * C);
-                else lightning_sequence_forward(g, s, h, t, u, o);
+                if (ctx.cu_seqlens[s + 1] - row == 1)
+                    lightning_step(g, h, t, u + row * 3 * C, ctx.states[s].fixed, o + row * C);
+                else
+                    lightning_sequence_forward(g, s, h, t, u, o);
             }
     }
     lightning_gate_forward(o, nullptr, o, gate, parameters["gain"], N, C);
     output_forward(rest, o, C, parameters["wo"], nullptr, residual, out);
 }
 
-inline Attention lightning_attention() {
-    return {"lightning", lightning_saved, lightning_scratch, lightning_forward, lightning_backward, lightning_extend};
-}
+inline Attention lightning_attention() { return {"lightning", lightning_saved, lightning_scratch, lightning_forward, lightning_backward, lightning_extend}; }
 
 }  // namespace cpu
 
@@ -1685,8 +1710,19 @@ struct MlaShape {
     int C, NH, r_q, d_c, d_nope, d_rope, d_v, d_qk, d_kv;
     int64_t q, kv, u, o;
     explicit MlaShape(const AttentionConfig& a)
-        : C(a.channels), NH(a.heads), r_q(a["q-lora-rank"]), d_c(a["kv-lora-rank"]), d_nope(a["qk-nope-dim"]), d_rope(a["qk-rope-dim"]), d_v(a["v-dim"]),
-          d_qk(d_nope + d_rope), d_kv(d_nope + d_v), q((int64_t)NH * d_qk), kv((int64_t)NH * d_kv), u(d_c + d_rope), o((int64_t)NH * d_v) {}
+        : C(a.channels),
+          NH(a.heads),
+          r_q(a["q-lora-rank"]),
+          d_c(a["kv-lora-rank"]),
+          d_nope(a["qk-nope-dim"]),
+          d_rope(a["qk-rope-dim"]),
+          d_v(a["v-dim"]),
+          d_qk(d_nope + d_rope),
+          d_kv(d_nope + d_v),
+          q((int64_t)NH * d_qk),
+          kv((int64_t)NH * d_kv),
+          u(d_c + d_rope),
+          o((int64_t)NH * d_v) {}
 };
 
 inline void mla_resolve(AttentionConfig& a) {
@@ -1695,18 +1731,22 @@ inline void mla_resolve(AttentionConfig& a) {
         if (a[option] == AUTOMATIC) a.options[option] = value;
     };
     initial("qk-nope-dim", hs);
-    initial("qk-rope-dim", (hs + 3) / 4 * 2);                       // hs/2, made even
+    initial("qk-rope-dim", (hs + 3) / 4 * 2);  // hs/2, made even
     initial("v-dim", hs);
-    initial("kv-lora-rank", ((a.channels + 2) / 3 + 7) / 8 * 8);    // C/3, made a multiple of 8
-    if (a["qk-rope-dim"] % 2) usage_error("rotary positions turn pairs of numbers, qk-rope-dim is %d: give an even --qk-rope-dim, or 0 for none", a["qk-rope-dim"]);
-    if (a["qk-nope-dim"] + a["qk-rope-dim"] == 0) usage_error("qk-nope-dim 0 and qk-rope-dim 0 leave queries and keys empty: raise --qk-nope-dim or --qk-rope-dim");
+    initial("kv-lora-rank", ((a.channels + 2) / 3 + 7) / 8 * 8);  // C/3, made a multiple of 8
+    if (a["qk-rope-dim"] % 2)
+        usage_error("rotary positions turn pairs of numbers, qk-rope-dim is %d: give an even --qk-rope-dim, or 0 for none", a["qk-rope-dim"]);
+    if (a["qk-nope-dim"] + a["qk-rope-dim"] == 0)
+        usage_error("qk-nope-dim 0 and qk-rope-dim 0 leave queries and keys empty: raise --qk-nope-dim or --qk-rope-dim");
 }
 
 inline std::vector<TensorSpec> mla_parameters(const AttentionConfig& a) {
     MlaShape d(a);
     std::vector<TensorSpec> list;
-    if (d.r_q) list = {matrix_spec("wdq", d.r_q, d.C, 0.02), vector_spec("gq", d.r_q, 1), matrix_spec("wuq", d.q, d.r_q, 0.02)};
-    else list = {matrix_spec("wq", d.q, d.C, 0.02)};
+    if (d.r_q)
+        list = {matrix_spec("wdq", d.r_q, d.C, 0.02), vector_spec("gq", d.r_q, 1), matrix_spec("wuq", d.q, d.r_q, 0.02)};
+    else
+        list = {matrix_spec("wq", d.q, d.C, 0.02)};
     list.insert(list.end(), {matrix_spec("wdkv", d.u, d.C, 0.02), vector_spec("gkv", d.d_c, 1), matrix_spec("wukv", d.kv, d.d_c, 0.02),
                              matrix_spec("wo", d.C, d.o, a.residual_std())});
     return list;
@@ -1721,19 +1761,20 @@ inline double mla_flops(const AttentionConfig& a, double T) {
 }
 
 inline AttentionDescription mla_description() {
-    return {"mla",
-            "multi-head latent attention: keys and values from one small latent a token (DeepSeek-V2)",
-            {{"q-lora-rank", "width of the query latent; 0: none, queries straight from x", 0, 0, MAX_MLA_DIM},
-             {"kv-lora-rank", "width of the latent that keys and values are made from; default: a third of --channels", AUTOMATIC, 1, MAX_MLA_DIM},
-             {"qk-nope-dim", "part of each query and key without position; default: channels/heads", AUTOMATIC, 0, MAX_MLA_DIM},
-             {"qk-rope-dim", "part with rotary position, even, the key's shared by all heads; 0: none; default: half of channels/heads", AUTOMATIC, 0, MAX_MLA_DIM},
-             {"v-dim", "values of each head; default: channels/heads", AUTOMATIC, 1, MAX_MLA_DIM}},
-            mla_resolve,
-            mla_parameters,
-            mla_state,
-            mla_flops,
-            /*learned_positions*/ false,
-            /*recurrent*/ false};
+    return {
+        "mla",
+        "multi-head latent attention: keys and values from one small latent a token (DeepSeek-V2)",
+        {{"q-lora-rank", "width of the query latent; 0: none, queries straight from x", 0, 0, MAX_MLA_DIM},
+         {"kv-lora-rank", "width of the latent that keys and values are made from; default: a third of --channels", AUTOMATIC, 1, MAX_MLA_DIM},
+         {"qk-nope-dim", "part of each query and key without position; default: channels/heads", AUTOMATIC, 0, MAX_MLA_DIM},
+         {"qk-rope-dim", "part with rotary position, even, the key's shared by all heads; 0: none; default: half of channels/heads", AUTOMATIC, 0, MAX_MLA_DIM},
+         {"v-dim", "values of each head; default: channels/heads", AUTOMATIC, 1, MAX_MLA_DIM}},
+        mla_resolve,
+        mla_parameters,
+        mla_state,
+        mla_flops,
+        /*learned_positions*/ false,
+        /*recurrent*/ false};
 }
 
 // How extend attends from n new tokens to the P before them and to themselves:
@@ -1755,14 +1796,15 @@ inline double mla_crossover(const MlaShape& d) {
 
 inline bool mla_absorb_pays(const AttentionConfig& a, double n, double P) { return P > 0 && n + n * (n + 1) / (2 * P) < mla_crossover(MlaShape(a)); }
 
+// MERGED is never the cheapest: to beat ABSORBED it needs n+1 > 2X, and then UNABSORBED beats it. It is kept for those who measure otherwise, and tested.
 inline MlaForm mla_form(const AttentionConfig& a, double n, double P) { return mla_absorb_pays(a, n, P) ? MlaForm::ABSORBED : MlaForm::UNABSORBED; }
 
 namespace cpu {
 
 inline std::vector<TensorSpec> mla_saved(const AttentionConfig& a, int64_t N, int) {
     MlaShape d(a);
-    std::vector<TensorSpec> list = {buffer_spec("u", {N, d.u}), buffer_spec("rstd", {N}, Storage::FLOAT32), buffer_spec("q", {N, d.q}), buffer_spec("o", {N, d.o}),
-                                    buffer_spec("lse", {N, d.NH}, Storage::FLOAT32)};
+    std::vector<TensorSpec> list = {buffer_spec("u", {N, d.u}), buffer_spec("rstd", {N}, Storage::FLOAT32), buffer_spec("q", {N, d.q}),
+                                    buffer_spec("o", {N, d.o}), buffer_spec("lse", {N, d.NH}, Storage::FLOAT32)};
     if (d.r_q) list.insert(list.end(), {buffer_spec("uq", {N, d.r_q}), buffer_spec("rstd_q", {N}, Storage::FLOAT32)});
     return list;
 }
@@ -1812,8 +1854,8 @@ inline void mla_query_forward(const MlaShape& d, const Tensors& parameters, cons
 }
 
 // From dq, rotated back: dx (N,C), overwritten, and the gradients of the query's parameters.
-inline void mla_query_backward(const MlaShape& d, const Tensors& parameters, const Tensors& gradients, const Tensors& saved, const real* x, const real* dq, real* dx,
-                               int64_t N, Scratch scratch) {
+inline void mla_query_backward(const MlaShape& d, const Tensors& parameters, const Tensors& gradients, const Tensors& saved, const real* x, const real* dq,
+                               real* dx, int64_t N, Scratch scratch) {
     if (d.r_q == 0) {
         linear_backward(dx, false, gradients["wq"], nullptr, dq, x, parameters["wq"], N, d.C, d.q);
         return;
@@ -1892,8 +1934,8 @@ inline void mla_forward(const AttentionContext& ctx, const Tensors& parameters, 
     output_forward(ctx, o, d.o, parameters["wo"], nullptr, residual, out);
 }
 
-inline void mla_backward(const AttentionContext& ctx, const Tensors& parameters, const Tensors& gradients, const Tensors& saved, const real* x, const real* dout,
-                         real* dx) {
+inline void mla_backward(const AttentionContext& ctx, const Tensors& parameters, const Tensors& gradients, const Tensors& saved, const real* x,
+                         const real* dout, real* dx) {
     MlaShape d(*ctx.config);
     int64_t N = ctx.tokens();
     const real *u = saved["u"], *q = saved["q"], *gkv = parameters["gkv"];
@@ -1944,7 +1986,8 @@ inline void softmax_merge(real* o1, real* lse1, const real* o2, const real* lse2
 }
 
 // o (N,NH·d_v), lse (N,NH) over the last cu_k[s+1]−cu_k[s] tokens of each sequence, un-absorbed: their keys and values are expanded from the cache.
-inline void mla_unabsorbed(const AttentionContext& ctx, const MlaShape& d, const real* wukv, const real* q, const int* cu_k, real* o, real* lse, Scratch scratch) {
+inline void mla_unabsorbed(const AttentionContext& ctx, const MlaShape& d, const real* wukv, const real* q, const int* cu_k, real* o, real* lse,
+                           Scratch scratch) {
     int64_t K = cu_k[ctx.num_seqs];
     real *latents = scratch.take(K * d.u), *kv = scratch.take(K * d.kv), *keys = scratch.take(K * d.q);
     for (int s = 0; s < ctx.num_seqs; s++) {
@@ -1958,12 +2001,13 @@ inline void mla_unabsorbed(const AttentionContext& ctx, const MlaShape& d, const
 }
 
 // o, lse over the first cu_k[s+1]−cu_k[s] tokens of each sequence, absorbed; o is not written in a sequence where they are none.
-inline void mla_absorbed(const AttentionContext& ctx, const MlaShape& d, const real* wukv, const real* q, const int* cu_k, real* o, real* lse, Scratch scratch) {
+inline void mla_absorbed(const AttentionContext& ctx, const MlaShape& d, const real* wukv, const real* q, const int* cu_k, real* o, real* lse,
+                         Scratch scratch) {
     int64_t N = ctx.tokens(), q_stride = d.NH * d.u, o_stride = (int64_t)d.NH * d.d_c;
     real *q_absorbed = scratch.take(N * q_stride), *o_absorbed = scratch.take(N * o_stride);
     std::vector<int> q_at;
     for (int s = 0; s < ctx.num_seqs; s++) q_at.push_back((int)ctx.states[s].length);
-    // For each head (whose matrix stays in cache) and sequence, q̃ = [qn·Wuk_h | qr].
+        // For each head (whose matrix stays in cache) and sequence, q̃ = [qn·Wuk_h | qr].
 #pragma omp parallel for collapse(2) schedule(static)
     for (int h = 0; h < d.NH; h++)
         for (int s = 0; s < ctx.num_seqs; s++) {

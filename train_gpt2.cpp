@@ -281,7 +281,7 @@ struct Gpt2 : Trainer {
     AttentionContext context(int layer, int64_t kv_tokens, bool training, std::vector<real*>& from, std::vector<real*>& to) {
         const AttentionConfig& a = config.attention[layer];
         int64_t need = attention(a.name).scratch(a, (int64_t)batch.tokens.size(), batch.num_seqs(), kv_tokens, training);
-        if ((int64_t)scratch.size() < need + 16) scratch.assign(need + 16, std::numeric_limits<real>::quiet_NaN());
+        if ((int64_t)scratch.size() < need + 16) scratch.assign(std::max<int64_t>(need + 16, 2 * scratch.size()), std::numeric_limits<real>::quiet_NaN());
         AttentionContext ctx{};
         ctx.config = &a;
         ctx.num_seqs = batch.num_seqs();
@@ -517,7 +517,8 @@ struct Gpt2 : Trainer {
     size_t gradient_bytes() override { return grads_memory.bytes; }
     size_t activation_bytes() override {
         int64_t need = 0;
-        for (const AttentionConfig& a : config.attention) need = std::max(need, attention(a.name).scratch(a, options.max_tokens, 1, options.max_tokens, options.training));
+        for (const AttentionConfig& a : config.attention)
+            need = std::max(need, attention(a.name).scratch(a, options.max_tokens, 1, options.max_tokens, options.training));
         return acts_memory.bytes + need * sizeof(real);
     }
 };

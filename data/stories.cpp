@@ -58,22 +58,21 @@ constexpr Words<(int)sizeof...(W)> words(W... w) {
 }
 
 // The words of a fact differ in their first letters, the earliest sign of which one is meant.
-constexpr auto people = words("Ann", "Bob", "Cleo", "Dora", "Emil", "Finn", "Greta", "Hugo", "Ida", "Jack", "Kira", "Leo", "Mina", "Nils",
-                              "Olga", "Pip", "Quinn", "Rosa", "Sam", "Tess", "Ugo", "Vera", "Will", "Xena", "Yara", "Zoe");
+constexpr auto people = words("Ann", "Bob", "Cleo", "Dora", "Emil", "Finn", "Greta", "Hugo", "Ida", "Jack", "Kira", "Leo", "Mina", "Nils", "Olga", "Pip",
+                              "Quinn", "Rosa", "Sam", "Tess", "Ugo", "Vera", "Will", "Xena", "Yara", "Zoe");
 constexpr auto hiding = words("put", "hid", "left", "laid", "stowed", "tucked", "forgot", "dropped");
 constexpr auto thing_adjectives = words("silver", "rusty", "wooden", "tiny", "golden", "broken", "heavy", "odd");
 constexpr auto thing_nouns = words("key", "spoon", "lamp", "drum", "bell", "coin", "mug", "hat");
 constexpr auto place_adjectives = words("blue", "red", "old", "tall", "empty", "dark", "green", "pink");
 constexpr auto place_nouns = words("box", "jar", "cellar", "drawer", "attic", "well", "oven", "tower");
 
-constexpr auto doings = words("laughed", "yawned", "sneezed", "sighed", "sang", "danced", "fell asleep", "said nothing", "took a nap",
-                              "told a joke", "lost a shoe", "went home");
+constexpr auto doings =
+    words("laughed", "yawned", "sneezed", "sighed", "sang", "danced", "fell asleep", "said nothing", "took a nap", "told a joke", "lost a shoe", "went home");
 constexpr auto animals = words("goose", "cat", "goat", "frog", "snail", "horse", "owl", "pig", "hedgehog", "duck");
 constexpr auto seeming = words("looked", "seemed", "felt", "grew");
 constexpr auto moods = words("happy", "proud", "sleepy", "hungry", "bored", "wise", "shy", "offended", "brave", "puzzled");
 constexpr auto foods = words("soup", "cake", "cheese", "toast", "jam", "pudding", "porridge", "pie", "a turnip", "an onion");
-constexpr auto times =
-    words("at noon", "at dawn", "after tea", "all day", "until dark", "for an hour", "in silence", "on Monday", "as usual", "once more");
+constexpr auto times = words("at noon", "at dawn", "after tea", "all day", "until dark", "for an hour", "in silence", "on Monday", "as usual", "once more");
 
 // The chance of naming the right place without having read the story.
 constexpr double guess_rate = 1.0 / (place_adjectives.size * place_nouns.size);
@@ -155,15 +154,12 @@ struct StoryTeller {
         return false;
     }
 
-    void say_place(const Thing& thing) {
-        say({place_adjectives.word[thing.place_adjective], " ", place_nouns.word[thing.place_noun], "."});
-    }
+    void say_place(const Thing& thing) { say({place_adjectives.word[thing.place_adjective], " ", place_nouns.word[thing.place_noun], "."}); }
 
     void say_fact(int i, Word opening) {
         Thing& thing = things[i];
         begin_sentence();
-        say({opening, someone(), " ", hiding.pick(random), " the ", thing_adjectives.word[thing.adjective], " ",
-             thing_nouns.word[thing.noun], " in the "});
+        say({opening, someone(), " ", hiding.pick(random), " the ", thing_adjectives.word[thing.adjective], " ", thing_nouns.word[thing.noun], " in the "});
         say_place(thing);
         thing.told = text().size();
         story.places++;
@@ -215,9 +211,7 @@ struct StoryTeller {
         if (!said) wander();
     }
 
-    int distance() const {
-        return (int)(story.text.size() - things[target].told) + 1;
-    }  // if the question came next; 1 is the space before it
+    int distance() const { return (int)(story.text.size() - things[target].told) + 1; }  // if the question came next; 1 is the space before it
 
     // Digresses until the question is at least `wanted` bytes from the fact. False if it missed low..high.
     bool fill(int low, int wanted, int high) {
@@ -253,8 +247,10 @@ struct StoryTeller {
         int rounds = things.size() == 1 ? 1 + random.below(2) : 2 + random.below(4);
         for (int round = 0; round < rounds && text().size() + 2 * bytes_of_question < limit; round++) {
             int kind = random.below(100), n = (int)things.size();
-            if (kind < 25) wander();
-            else if (kind < 40 && n > 1 && !introduce()) move(random.below(n));
+            if (kind < 25)
+                wander();
+            else if (kind < 40 && n > 1 && !introduce())
+                move(random.below(n));
             just_asked = -1;
             ask(random.below((int)things.size()));
         }
@@ -412,15 +408,15 @@ void each_run(std::string_view text, Visit visit) {
 }
 
 inline void print_overlap(const std::string& train, const std::string& val) {
-    double stories = share_in_common(
-        train, val, [](std::string_view text, auto visit) { each_story(text, [&](std::string_view s) { visit(hash_bytes(s)); }); });
+    double stories =
+        share_in_common(train, val, [](std::string_view text, auto visit) { each_story(text, [&](std::string_view s) { visit(hash_bytes(s)); }); });
     double facts = share_in_common(train, val, [](std::string_view text, auto visit) {
         each_sentence(text, [&](std::string_view s) {
             if (tells_fact(s)) visit(hash_bytes(s));
         });
     });
-    double sentences = share_in_common(
-        train, val, [](std::string_view text, auto visit) { each_sentence(text, [&](std::string_view s) { visit(hash_bytes(s)); }); });
+    double sentences =
+        share_in_common(train, val, [](std::string_view text, auto visit) { each_sentence(text, [&](std::string_view s) { visit(hash_bytes(s)); }); });
     double runs = share_in_common(train, val, [](std::string_view text, auto visit) { each_run(text, visit); });
     printf(
         "of validation, also in training: %.1f%% of the stories, %.1f%% of the sentences that tell a fact, %.1f%% of all sentences, %.1f%% "
@@ -436,8 +432,8 @@ inline void print_baselines(const std::vector<Story>& questions) {
         last += q.last_place;
     }
     double n = (double)questions.size();
-    printf("right without memory: %.1f%% by guessing, %.1f%% by naming any place of the story, %.1f%% by naming its last one\n",
-           100 * guess_rate, 100 * any / n, 100 * last / n);
+    printf("right without memory: %.1f%% by guessing, %.1f%% by naming any place of the story, %.1f%% by naming its last one\n", 100 * guess_rate,
+           100 * any / n, 100 * last / n);
 }
 
 // ----------------------------------------------------------------------------
@@ -472,8 +468,7 @@ uint64_t parse_whole(const char* option, const std::string& text, uint64_t low, 
     for (char c : digits) valid = valid && checked_mul(value, 10, value) && checked_add(value, (uint64_t)(c - '0'), value);
     valid = valid && checked_mul(value, unit, value);
     if (!valid || value < low || value > high)
-        usage_error("%s is '%s': give a whole number from %llu to %llu", option, printable(text).c_str(), (unsigned long long)low,
-                    (unsigned long long)high);
+        usage_error("%s is '%s': give a whole number from %llu to %llu", option, printable(text).c_str(), (unsigned long long)low, (unsigned long long)high);
     return value;
 }
 
@@ -531,8 +526,7 @@ bool parse_command_line(int argc, char** argv, Settings& s) {
 
 // All three are complete on the disk before the first gets its name.
 void write_corpus(const Settings& s) {
-    std::string train = make_text(s.story, s.train_bytes, Side::TRAIN, s.seed),
-                val = make_text(s.story, s.val_bytes, Side::VALIDATION, s.seed);
+    std::string train = make_text(s.story, s.train_bytes, Side::TRAIN, s.seed), val = make_text(s.story, s.val_bytes, Side::VALIDATION, s.seed);
     std::vector<Story> questions = make_questions(s.story, (int64_t)s.questions, s.seed);
     std::string lines = question_lines(questions);
     if (mkdir(s.out.c_str(), 0777) != 0 && errno != EEXIST) file_error("create", s.out, errno);

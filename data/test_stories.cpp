@@ -123,8 +123,7 @@ TEST_CASE("no validation story or question is in a training text, whatever the s
     for (uint64_t seed : {1, 2})
         for (std::string& s : split_stories(make_text({}, 2000000, Side::TRAIN, seed))) train.insert(s.substr(0, s.find('?')));
     int common = 0;
-    for (const std::string& s : split_stories(make_text({}, 300000, Side::VALIDATION, 2)))
-        common += (int)train.count(s.substr(0, s.find('?')));
+    for (const std::string& s : split_stories(make_text({}, 300000, Side::VALIDATION, 2))) common += (int)train.count(s.substr(0, s.find('?')));
     // Beginnings, up to the first question, may coincide, if only in the shortest stories.
     CHECK(common < 20);
     train.clear();
@@ -139,8 +138,7 @@ TEST_CASE("numbers and distances are read strictly") {
         CHECK_THROWS_AS(parse_whole("n", bad, 0, UINT64_MAX), Error);
     CHECK_THROWS_AS(parse_whole("n", "5", 6, 9), Error);
     CHECK(parse_distance("16..155").max_distance == 155);
-    for (const char* bad : {"16", "16..", "..16", "16..40", "0..100", "100..16", "16..155..200"})
-        CHECK_THROWS_AS(parse_distance(bad), Error);
+    for (const char* bad : {"16", "16..", "..16", "16..40", "0..100", "100..16", "16..155..200"}) CHECK_THROWS_AS(parse_distance(bad), Error);
 }
 
 TEST_CASE("a directory that is not there is a data error, and nothing is left behind") {

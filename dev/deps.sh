@@ -21,7 +21,7 @@ int main() { return omp_get_max_threads() < 0; }' -fopenmp; then
     fi
     command -v pkg-config >/dev/null 2>&1 || need pkg-config
     if [ "${CBLAS:-}" != none ] && [ "$(uname -s)" != Darwin ]; then
-        PKG_CONFIG_PATH="$(dev/blas.sh path)" pkg-config --exists "${CBLAS:-openblas}" 2>/dev/null || need openblas
+        PKG_CONFIG_PATH="$(dev/blas.sh path)" pkg-config --exists "${CBLAS:-openblas}" 2>/dev/null || need "${CBLAS:-openblas}"
     fi
     if command -v "$CXX" >/dev/null 2>&1; then
         parses '#include <CLI/CLI.hpp>' "$(pkg-config --cflags CLI11 2>/dev/null)" || need CLI11
@@ -47,6 +47,12 @@ name() {
 
 install() {
     pieces=$1
+    case " $pieces " in *" ${CBLAS:-openblas} "*)
+        if [ "${CBLAS:-openblas}" != openblas ] && command -v pkg-config >/dev/null 2>&1; then
+            echo "pkg-config finds no '$CBLAS': install it, or take CBLAS=openblas or CBLAS=none" >&2
+            exit 1
+        fi ;;
+    esac
     if command -v apt-get >/dev/null 2>&1; then pm=apt; command="apt-get install -y --no-install-recommends"; root=yes
     elif command -v dnf >/dev/null 2>&1; then pm=dnf; command="dnf install -y"; root=yes
     elif command -v brew >/dev/null 2>&1; then pm=brew; command="brew install"; root=no
@@ -85,6 +91,9 @@ case "${1:-check}" in
         look
         [ -z "$missing" ] || { echo "Still missing:$missing" >&2; exit 1; }
         ;;
-    install) install "compiler pkg-config openblas CLI11 nlohmann-json doctest" ;;
+    install)
+        blas=openblas
+        [ "${CBLAS:-}" = none ] && blas=
+        install "compiler pkg-config $blas CLI11 nlohmann-json doctest" ;;
     *) echo "usage: dev/deps.sh check|install" >&2; exit 2 ;;
 esac

@@ -15,11 +15,17 @@ while [ -e "$out" ]; do
     n=$((n + 1))
 done
 mkdir -p runs
+layers=2
+case $attention in *[*,]*) layers=4 ;; esac # a pattern needs layers to stand in
+for ((i = 1; i < $#; i++)); do
+    [ "${!i}" = --out ] && next=$((i + 1)) && out=${!next}
+done
 segment=()
 case $attention in *infini*) segment=(--segment 64) ;; esac # stories are short: with the default of 256 most would end before the memory is written
-./train_gpt2 train --preset tiny --layers 2 --heads 4 --channels 64 --max-seq 1024 --batch 4 --doc-mask --lr 0.012 --min-lr 0.0005 --warmup 50 --steps 1500 \
+./train_gpt2 train --preset tiny --layers $layers --heads 4 --channels 64 --max-seq 1024 --batch 4 --doc-mask --lr 0.012 --min-lr 0.0005 --warmup 50 --steps 1500 \
     --val-every 500 --val-batches 16 --attention "$attention" ${segment[@]+"${segment[@]}"} --data data/stories/train.txt --val-data data/stories/val.txt \
     --out "$out" "$@"
+compgen -G "$out/step_*" >/dev/null || exit 0
 echo
 ./train_gpt2 eval --checkpoint "$out" --data data/stories/val.txt --recall
 echo

@@ -28,16 +28,16 @@
 #include "trainer.h"
 
 struct RunState {
-    int64_t step = 0;           // optimiser steps done
-    int64_t tokens = 0;         // trained on
-    int64_t micro_steps = 0;    // forward passes in training: dropout's counter
-    int64_t batch_number = 0;   // the loader's next batch
+    int64_t step = 0;          // optimiser steps done
+    int64_t tokens = 0;        // trained on
+    int64_t micro_steps = 0;   // forward passes in training: dropout's counter
+    int64_t batch_number = 0;  // the loader's next batch
     int64_t seed = 0;
-    int64_t data_tokens = 0;    // size of the training data: another size is other data
-    int64_t seq = 0;            // tokens a sequence in training: what evaluation cuts its text into
-    bool doc_mask = false;      // documents were kept apart
-    nlohmann::json tokenizer;   // Tokenizer::identity()
-    nlohmann::json model;       // model_json()
+    int64_t data_tokens = 0;   // size of the training data: another size is other data
+    int64_t seq = 0;           // tokens a sequence in training: what evaluation cuts its text into
+    bool doc_mask = false;     // documents were kept apart
+    nlohmann::json tokenizer;  // Tokenizer::identity()
+    nlohmann::json model;      // model_json()
 };
 
 // ----------------------------------------------------------------------------
@@ -46,8 +46,9 @@ struct RunState {
 inline nlohmann::json model_json(const ModelConfig& c) {
     nlohmann::json attention = nlohmann::json::array();
     for (const AttentionConfig& a : c.attention) attention.push_back(attention_string(a));
-    return {{"vocab_size", c.vocab_size}, {"max_seq", c.max_seq}, {"layers", c.layers}, {"heads", c.heads}, {"channels", c.channels},
-            {"positions", positions_names[(int)c.positions]}, {"attention", attention}};
+    return {{"vocab_size", c.vocab_size}, {"max_seq", c.max_seq},   {"layers", c.layers},
+            {"heads", c.heads},           {"channels", c.channels}, {"positions", positions_names[(int)c.positions]},
+            {"attention", attention}};
 }
 
 // A member of a JSON object from a file, within a range; a data error naming the file if it is not there or is something else.
@@ -58,7 +59,8 @@ inline int64_t json_whole(const nlohmann::json& j, const char* key, int64_t min,
     return j[key].get<int64_t>();
 }
 inline std::string json_string(const nlohmann::json& j, const char* key, const std::string& path) {
-    if (!j.is_object() || !j.contains(key) || !j[key].is_string()) data_error("'%s': %s is missing or not a string; take another checkpoint", path.c_str(), key);
+    if (!j.is_object() || !j.contains(key) || !j[key].is_string())
+        data_error("'%s': %s is missing or not a string; take another checkpoint", path.c_str(), key);
     return j[key].get<std::string>();
 }
 

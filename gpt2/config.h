@@ -54,9 +54,9 @@ struct AttentionDescription {
     void (*resolve)(AttentionConfig&);                              // fills in AUTOMATIC values; a usage error if the configuration is impossible
     std::vector<TensorSpec> (*parameters)(const AttentionConfig&);  // in the order of the parameter list
     AttentionStateSize (*state)(const AttentionConfig&);
-    double (*flops)(const AttentionConfig&, double T);              // forward, a token, mean over a sequence of length T; projections included
-    bool learned_positions;                                         // GPT-2's default: the model has wpe iff every layer says true
-    bool recurrent;                                                 // has a memory of constant size that --carry-memory can hand on
+    double (*flops)(const AttentionConfig&, double T);  // forward, a token, mean over a sequence of length T; projections included
+    bool learned_positions;                             // GPT-2's default: the model has wpe iff every layer says true
+    bool recurrent;                                     // has a memory of constant size that --carry-memory can hand on
 };
 
 inline const std::vector<AttentionDescription>& attention_descriptions();  // all layers, defined at the end of attention.h
@@ -99,7 +99,7 @@ struct ModelConfig {
     int vocab_size = 257;         // V
     int padded_vocab_size = 384;  // Vp, a multiple of 128: rows V.. of wte are padding, never a target, never in the softmax
     int max_seq = 256;            // longest sequence (the rows of wpe)
-    int layers = 2, heads = 6, channels = 192;
+    int layers = 4, heads = 4, channels = 128;
     Positions positions = Positions::LEARNED;
     std::vector<AttentionConfig> attention;  // one for each layer of the network
 
@@ -115,8 +115,11 @@ struct Preset {
 };
 // The published GPT-2 family, and one small enough to learn something in a minute on two cores.
 constexpr Preset presets[] = {
-    {"tiny", 2, 6, 192, 256, 257},          {"gpt2-124M", 12, 12, 768, 1024, 50257},   {"gpt2-350M", 24, 16, 1024, 1024, 50257},
-    {"gpt2-774M", 36, 20, 1280, 1024, 50257}, {"gpt2-1558M", 48, 25, 1600, 1024, 50257},
+    {"tiny", 4, 4, 128, 256, 257},
+    {"gpt2-124M", 12, 12, 768, 1024, 50257},
+    {"gpt2-350M", 24, 16, 1024, 1024, 50257},
+    {"gpt2-774M", 36, 20, 1280, 1024, 50257},
+    {"gpt2-1558M", 48, 25, 1600, 1024, 50257},
 };
 
 // `infini:segment=256:memory-update=delta`, every option of the layer with its value: what config.json stores for one network layer.
@@ -137,8 +140,10 @@ inline void parse_attention(ModelConfig& c, const std::string& pattern, const st
     auto split = [](const std::string& s, char separator) {
         std::vector<std::string> parts(1);
         for (char ch : s) {
-            if (ch == separator) parts.emplace_back();
-            else parts.back() += ch;
+            if (ch == separator)
+                parts.emplace_back();
+            else
+                parts.back() += ch;
         }
         return parts;
     };
@@ -179,7 +184,8 @@ inline void parse_attention(ModelConfig& c, const std::string& pattern, const st
     }
     for (const auto& d : defaults)
         if (!used.count(d.first)) usage_error("--%s has no meaning for the attention '%s': leave it out", d.first.c_str(), pattern.c_str());
-    if ((int)list.size() > c.layers) usage_error("attention '%s' lists %zu layers, the network has %d: shorten the list or raise --layers", pattern.c_str(), list.size(), c.layers);
+    if ((int)list.size() > c.layers)
+        usage_error("attention '%s' lists %zu layers, the network has %d: shorten the list or raise --layers", pattern.c_str(), list.size(), c.layers);
 
     bool all_learned = true;
     for (const AttentionConfig& a : list) all_learned = all_learned && attention_description(a.name).learned_positions;
@@ -217,7 +223,8 @@ inline Tensors model_parameters(const ModelConfig& c) {
         t.add(h, {vector_spec("ln1.w", C, 1), vector_spec("ln1.b", C, 0)});
         t.add(h + "attn.", attention_description(a.name).parameters(a));
         t.add(h, {vector_spec("ln2.w", C, 1), vector_spec("ln2.b", C, 0)});
-        t.add(h + "mlp.", {matrix_spec("wfc", 4 * C, C, 0.02), vector_spec("bfc", 4 * C, 0), matrix_spec("wproj", C, 4 * C, a.residual_std()), vector_spec("bproj", C, 0)});
+        t.add(h + "mlp.",
+              {matrix_spec("wfc", 4 * C, C, 0.02), vector_spec("bfc", 4 * C, 0), matrix_spec("wproj", C, 4 * C, a.residual_std()), vector_spec("bproj", C, 0)});
     }
     t.add("", {vector_spec("lnf.w", C, 1), vector_spec("lnf.b", C, 0)});
     return t;

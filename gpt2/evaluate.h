@@ -28,9 +28,9 @@ struct LossOptions {
 };
 
 struct LossResult {
-    double loss = NAN;    // nats a token
-    int64_t tokens = 0;   // scored
-    int64_t bytes = 0;    // of them without the end-of-text tokens: bytes of text, where tokens are bytes
+    double loss = NAN;   // nats a token
+    int64_t tokens = 0;  // scored
+    int64_t bytes = 0;   // of them without the end-of-text tokens: bytes of text, where tokens are bytes
     double bits_per_byte() const { return loss * (double)tokens / (double)bytes / std::log(2.0); }
 };
 
@@ -70,8 +70,8 @@ inline LossResult evaluate_loss(Trainer& trainer, const Dataset& data, const Los
 struct Question {
     std::vector<int> tokens;  // end of text, prompt, and the answer but for its last token
     std::vector<int> answer;
-    int64_t distance = 0;     // from the fact to the question, as the corpus counts it
-    double guess = 0;         // chance of being right without having read
+    int64_t distance = 0;  // from the fact to the question, as the corpus counts it
+    double guess = 0;      // chance of being right without having read
 };
 
 inline std::string questions_path(const std::string& text) {
@@ -82,9 +82,10 @@ inline bool is_questions_file(const std::string& path) { return path.size() > 6 
 
 inline Question parse_question(const std::string& line, const Tokenizer& tokenizer, const std::string& where) {
     nlohmann::json j = nlohmann::json::parse(line, nullptr, false);
-    bool valid = j.is_object() && j.contains("prompt") && j["prompt"].is_string() && j.contains("answer") && j["answer"].is_string() && j.contains("distance") &&
-                 j["distance"].is_number_integer() && j.contains("guess") && j["guess"].is_number();
-    if (!valid || j["answer"].get<std::string>().empty() || j["distance"].get<double>() < 0 || !(j["guess"].get<double>() >= 0 && j["guess"].get<double>() <= 1))
+    bool valid = j.is_object() && j.contains("prompt") && j["prompt"].is_string() && j.contains("answer") && j["answer"].is_string() &&
+                 j.contains("distance") && j["distance"].is_number_integer() && j.contains("guess") && j["guess"].is_number();
+    if (!valid || j["answer"].get<std::string>().empty() || j["distance"].get<double>() < 0 ||
+        !(j["guess"].get<double>() >= 0 && j["guess"].get<double>() <= 1))
         data_error("%s is no question: it takes {\"prompt\": text, \"answer\": text, \"distance\": whole number, \"guess\": 0 to 1}", where.c_str());
     Question q;
     q.tokens = {tokenizer.end_of_text};
@@ -104,7 +105,9 @@ inline std::vector<Question> read_questions(const std::string& path, const Token
     for (size_t begin = 0; begin < text.size();) {
         size_t end = std::min(text.find('\n', begin), text.size());
         number++;
-        if (end > begin) questions.push_back(parse_question(std::string(text.substr(begin, end - begin)), tokenizer, format("line %lld of '%s'", (long long)number, path.c_str())));
+        if (end > begin)
+            questions.push_back(
+                parse_question(std::string(text.substr(begin, end - begin)), tokenizer, format("line %lld of '%s'", (long long)number, path.c_str())));
         begin = end + 1;
     }
     if (questions.empty()) data_error("'%s' holds no questions: name another file", path.c_str());

@@ -16,9 +16,9 @@ enum class Stop { TOKENS, END_OF_TEXT, POSITIONS };  // as many as asked for; th
 struct GenerateOptions {
     SamplerOptions sampler;
     uint64_t seed = 0;
-    uint32_t sequence = 0;      // addresses the random numbers, with the seed and the token's position
-    int64_t tokens = 0;         // at most so many new ones
-    int64_t max_chunk = 1;      // tokens the trainer takes at once
+    uint32_t sequence = 0;  // addresses the random numbers, with the seed and the token's position
+    int64_t tokens = 0;     // at most so many new ones
+    int64_t max_chunk = 1;  // tokens the trainer takes at once
 };
 
 // How many tokens a sequence can have: learned positions end, rotary ones and none at all do not.
@@ -29,7 +29,8 @@ inline Stop generate(Trainer& trainer, const Tokenizer& tokenizer, const std::ve
                      const std::function<void(const std::string&)>& print) {
     int64_t limit = position_limit(trainer.config), length = 0;
     if ((int64_t)prompt.size() > limit)
-        usage_error("the prompt has %zu tokens with the end of text before it, the model has %lld positions: shorten --prompt", prompt.size(), (long long)limit);
+        usage_error("the prompt has %zu tokens with the end of text before it, the model has %lld positions: shorten --prompt", prompt.size(),
+                    (long long)limit);
     int sequence = trainer.new_sequence();
     std::vector<float> logits(trainer.config.vocab_size);
     auto extend = [&](const int* tokens, int64_t count) {

@@ -28,7 +28,8 @@ inline void print_tensors(const Tensors& parameters) {
     for (const TensorSpec& s : parameters.specs) {
         std::string shape, initial = s.init_std ? format("normal %.4g", s.init_std) : format("%g", s.init_value);
         for (int64_t d : s.shape) shape += (shape.empty() ? "" : " x ") + std::to_string(d);
-        printf("%-24s %16s %14s %6s %14s %8g\n", s.name.c_str(), shape.c_str(), with_commas(s.size()).c_str(), s.decay ? "yes" : "no", initial.c_str(), s.lr_multiplier);
+        printf("%-24s %16s %14s %6s %14s %8g\n", s.name.c_str(), shape.c_str(), with_commas(s.size()).c_str(), s.decay ? "yes" : "no", initial.c_str(),
+               s.lr_multiplier);
     }
 }
 
@@ -53,12 +54,17 @@ inline int print_info(Options o) {
     int64_t padding = (int64_t)(c.padded_vocab_size - c.vocab_size) * c.channels, total = trainer->parameters().size();
     double forward = model_flops(c, (double)o.seq);
     printf("\n%-34s %s\n", "positions", positions_names[(int)c.positions]);
-    printf("%-34s %s, of which %s pad the vocabulary from %d to %d\n", "parameters", with_commas(total).c_str(), with_commas(padding).c_str(), c.vocab_size, c.padded_vocab_size);
+    printf("%-34s %s, of which %s pad the vocabulary from %d to %d\n", "parameters", with_commas(total).c_str(), with_commas(padding).c_str(), c.vocab_size,
+           c.padded_vocab_size);
     printf("%-34s %.4g forward, %.4g training (forward and backward), at %lld tokens a sequence\n", "FLOPs a token", forward, 3 * forward, (long long)o.seq);
     printf("%-34s %s\n", "memory of the parameters", bytes_text((double)trainer->parameter_bytes()).c_str());
     printf("%-34s %s\n", "of gradients and moments", bytes_text((double)trainer->gradient_bytes()).c_str());
-    printf("%-34s %s, training on %lld x %lld tokens\n", "of activations", bytes_text((double)trainer->activation_bytes()).c_str(), (long long)o.batch, (long long)o.seq);
-    printf("%-34s %s a token, and %s a sequence (float32)\n", "decode state", bytes_text(4.0 * (double)state.per_token).c_str(), bytes_text(4.0 * (double)state.per_sequence).c_str());
-    printf("%-34s %s\n", "", format("%s for a sequence of %d tokens", bytes_text(4.0 * ((double)state.per_token * c.max_seq + (double)state.per_sequence)).c_str(), c.max_seq).c_str());
+    printf("%-34s %s, training on %lld x %lld tokens\n", "of activations", bytes_text((double)trainer->activation_bytes()).c_str(), (long long)o.batch,
+           (long long)o.seq);
+    printf("%-34s %s a token, and %s a sequence (float32)\n", "decode state", bytes_text(4.0 * (double)state.per_token).c_str(),
+           bytes_text(4.0 * (double)state.per_sequence).c_str());
+    printf("%-34s %s\n", "",
+           format("%s for a sequence of %d tokens", bytes_text(4.0 * ((double)state.per_token * c.max_seq + (double)state.per_sequence)).c_str(), c.max_seq)
+               .c_str());
     return 0;
 }

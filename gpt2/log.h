@@ -20,11 +20,11 @@
 // One optimiser step.
 struct StepRecord {
     int64_t step = 0;
-    double loss = 0;                     // mean over the step's batch, nats a token
-    double val_loss = NAN, recall = NAN; // NaN: not measured at this step
-    double lr = 0, grad_norm = 0;        // the norm before clipping
-    double ms = 0, tokens_per_s = 0;     // of the step alone: without validation, samples and checkpoints
-    int64_t tokens = 0;                  // trained on so far
+    double loss = 0;                      // mean over the step's batch, nats a token
+    double val_loss = NAN, recall = NAN;  // NaN: not measured at this step
+    double lr = 0, grad_norm = 0;         // the norm before clipping
+    double ms = 0, tokens_per_s = 0;      // of the step alone: without validation, samples and checkpoints
+    int64_t tokens = 0;                   // trained on so far
 };
 
 // %.17g gives a double back exactly: two runs are the same if and only if their lines say so. JSON has no NaN and no infinity.
@@ -56,7 +56,7 @@ class Log {
     int fd = -1;
     std::string path;
 
-   public:
+ public:
     Log() = default;
     Log(const Log&) = delete;
     Log& operator=(const Log&) = delete;
@@ -101,7 +101,7 @@ class Progress {
     int64_t steps = 0, first_step = 0;
     double seconds = 0;  // of all steps since the start
 
-   public:
+ public:
     Progress() = default;
     Progress(const Progress&) = delete;
     Progress& operator=(const Progress&) = delete;
@@ -117,8 +117,8 @@ class Progress {
         bool plain = r.step == first_step + 1 || r.step % every == 0 || r.step == steps;
         if (!terminal && !plain) return;
         double eta = seconds / (double)(r.step - first_step) * (double)(steps - r.step);
-        std::string s = format("step %lld/%lld | loss %.4f | lr %.2e | norm %.3f | %.0f tokens/s | ETA %s", (long long)r.step, (long long)steps, r.loss,
-                               r.lr, r.grad_norm, r.tokens_per_s, duration_text(eta).c_str());
+        std::string s = format("step %lld/%lld | loss %.4f | lr %.2e | norm %.3f | %.0f tokens/s | ETA %s", (long long)r.step, (long long)steps, r.loss, r.lr,
+                               r.grad_norm, r.tokens_per_s, duration_text(eta).c_str());
         printf(terminal ? "\r\033[K%s" : "%s\n", s.c_str());
         fflush(stdout);
         line_open = terminal;

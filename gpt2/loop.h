@@ -24,7 +24,7 @@
 #include "tokenizer.h"
 #include "trainer.h"
 
-constexpr size_t RECALL_SAMPLE = 256;      // questions asked at a validation within the run; at its end all are
+constexpr size_t RECALL_SAMPLE = 256;  // questions asked at a validation within the run; at its end all are
 constexpr int64_t SAMPLE_TOKENS = 300;
 constexpr int EXIT_DIVERGED = 1;
 
@@ -36,8 +36,8 @@ struct TrainingRun {
     std::vector<Question> questions;
     std::unique_ptr<Trainer> trainer;
     std::unique_ptr<DataLoader> loader;
-    RunState state;             // where the run stands
-    int64_t saved_step = -1;    // of the newest checkpoint
+    RunState state;           // where the run stands
+    int64_t saved_step = -1;  // of the newest checkpoint
     RunDirectory directory;
     Log log;
     Progress progress;
@@ -69,7 +69,8 @@ inline void set_threads(int64_t threads) {
 }
 
 [[noreturn]] inline void contradiction(const Options& o, const std::string& name, const std::string& typed, const std::string& stored) {
-    usage_error("--%s %s contradicts the run in '%s', which has %s: leave it out, or start another run in another --out", name.c_str(), typed.c_str(), o.out.c_str(), stored.c_str());
+    usage_error("--%s %s contradicts the run in '%s', which has %s: leave it out, or start another run in another --out", name.c_str(), typed.c_str(),
+                o.out.c_str(), stored.c_str());
 }
 
 // The attention that was typed at --resume must be the one of the run, however it is written.
@@ -167,12 +168,14 @@ inline void load_state(TrainingRun& run) {
     std::string from = newest_checkpoint(o.out);
     if (from.empty()) data_error("the run in '%s' has no complete checkpoint to resume from: start it again with --overwrite", o.out.c_str());
     state = read_state(from);
-    if (state.model != model_json(run.trainer->config)) data_error("'%s' is a checkpoint of another model than '%s/config.json' says: name the run it belongs to", from.c_str(), o.out.c_str());
+    if (state.model != model_json(run.trainer->config))
+        data_error("'%s' is a checkpoint of another model than '%s/config.json' says: name the run it belongs to", from.c_str(), o.out.c_str());
     if (state.tokenizer != run.tokenizer.identity()) data_error("'%s' was made with another tokenizer than %s", from.c_str(), run.tokenizer.name.c_str());
     if (state.data_tokens != run.train_data.num_tokens)
-        data_error("%s has %lld tokens, the run in '%s' was training on %lld: give the same --data", run.train_data.name.c_str(), (long long)run.train_data.num_tokens, o.out.c_str(),
-                   (long long)state.data_tokens);
-    if (o.steps < state.step) usage_error("--steps %lld is behind the checkpoint's step %lld: --steps is the number of the last step", (long long)o.steps, (long long)state.step);
+        data_error("%s has %lld tokens, the run in '%s' was training on %lld: give the same --data", run.train_data.name.c_str(),
+                   (long long)run.train_data.num_tokens, o.out.c_str(), (long long)state.data_tokens);
+    if (o.steps < state.step)
+        usage_error("--steps %lld is behind the checkpoint's step %lld: --steps is the number of the last step", (long long)o.steps, (long long)state.step);
     load_model(from, *run.trainer);
     load_optimizer(from, *run.trainer);
     run.saved_step = state.step;
@@ -202,8 +205,8 @@ inline void print_start(const TrainingRun& run) {
     const ModelConfig& c = run.trainer->config;
     printf("model: %s, attention %s, %d layers, %d heads, %d channels, %lld parameters\n", o.preset.c_str(), o.attention.c_str(), c.layers, c.heads, c.channels,
            (long long)run.trainer->parameters().size());
-    printf("memory: parameters %.1f MB, gradients and moments %.1f MB, activations %.1f MB\n", run.trainer->parameter_bytes() / 1e6, run.trainer->gradient_bytes() / 1e6,
-           run.trainer->activation_bytes() / 1e6);
+    printf("memory: parameters %.1f MB, gradients and moments %.1f MB, activations %.1f MB\n", run.trainer->parameter_bytes() / 1e6,
+           run.trainer->gradient_bytes() / 1e6, run.trainer->activation_bytes() / 1e6);
     printf("data: %lld tokens to train on (%lld batches of %lld x %lld an epoch), %lld to validate on, %zu questions\n", (long long)run.train_data.num_tokens,
            (long long)run.loader->batches_per_epoch(), (long long)o.batch, (long long)o.seq, (long long)run.val_data.num_tokens, run.questions.size());
     double bigram = o.val_every ? bigram_loss(run.train_data, run.val_data, c.vocab_size) : NAN;
@@ -238,7 +241,8 @@ inline StepRecord train_step(TrainingRun& run) {
     record.lr = learning_rate({o.schedule, o.lr, o.min_lr, o.warmup, o.steps}, record.step);
     record.grad_norm = run.trainer->update({record.lr, o.beta1, o.beta2, o.eps, o.weight_decay, o.grad_clip, record.step});
     if (!std::isfinite(record.loss) || !std::isfinite(record.grad_norm))
-        throw Error(EXIT_DIVERGED, format("the run diverged at step %lld: loss %g, gradient norm %g; lower --lr or raise --warmup%s", (long long)record.step, std::fabs(record.loss), record.grad_norm,
+        throw Error(EXIT_DIVERGED, format("the run diverged at step %lld: loss %g, gradient norm %g; lower --lr or raise --warmup%s", (long long)record.step,
+                                          std::fabs(record.loss), record.grad_norm,
                                           run.saved_step < 0 ? "" : format(" (step %lld is the last checkpoint)", (long long)run.saved_step).c_str()));
     state.step = record.step;
     state.tokens += o.total_batch;
@@ -258,6 +262,8 @@ inline void validate(TrainingRun& run, StepRecord& record, bool all_questions) {
     l.doc_mask = run.state.doc_mask;
     record.val_loss = evaluate_loss(*run.trainer, run.val_data, l).loss;
     run.progress.end_line();
+    if (!std::isfinite(record.val_loss))
+        throw Error(EXIT_DIVERGED, format("step %lld: the validation loss is not finite: the training diverged; lower --lr", (long long)record.step));
     printf("step %lld | validation loss %.4f", (long long)record.step, record.val_loss);
     std::vector<Question> questions = all_questions ? run.questions : question_sample(run.questions, RECALL_SAMPLE);
     std::vector<int> outcomes = answer_questions(*run.trainer, questions, o.batch * o.seq);
@@ -312,7 +318,8 @@ inline int train(const Options& typed) {
     TrainingRun run;
     Options& o = run.o;
     if (typed.resume && typed.overwrite) usage_error("--resume and --overwrite exclude each other: give one of them");
-    if ((typed.resume || typed.overwrite) && typed.out.empty()) usage_error("--%s needs --out DIR, the directory of the run", typed.resume ? "resume" : "overwrite");
+    if ((typed.resume || typed.overwrite) && typed.out.empty())
+        usage_error("--%s needs --out DIR, the directory of the run", typed.resume ? "resume" : "overwrite");
     if (typed.resume) {
         if (!exists(typed.out + "/config.json") || !holds_run(typed.out))
             data_error("there is no run in '%s' to resume: leave out --resume to start one", typed.out.c_str());

@@ -27,9 +27,9 @@ struct Options {
 
     // the model
     std::string preset = "tiny", attention = "causal";
-    std::string positions, tokenizer;                                                  // *
+    std::string positions, tokenizer;                                                          // *
     int64_t layers = AUTOMATIC, heads = AUTOMATIC, channels = AUTOMATIC, max_seq = AUTOMATIC;  // *
-    std::map<std::string, std::string> attention_options;                              // --segment and the like: option -> text
+    std::map<std::string, std::string> attention_options;                                      // --segment and the like: option -> text
 
     // the run
     std::string data, val_data, out;
@@ -77,10 +77,10 @@ struct OptionSpec {
     unsigned commands;
     Role role;
     std::variant<bool Options::*, int64_t Options::*, double Options::*, std::string Options::*> field;
-    double min, max;      // of numbers
+    double min, max;  // of numbers
     const char* help;
-    const char* initial = nullptr;           // what --help shows where the value is settled later
-    std::vector<const char*> choices = {};   // of words; empty: any text
+    const char* initial = nullptr;          // what --help shows where the value is settled later
+    std::vector<const char*> choices = {};  // of words; empty: any text
 };
 
 constexpr double MANY = 2147483647, EXACT = 9007199254740992;  // 2^31-1; 2^53, up to where JSON's numbers are exact
@@ -95,7 +95,15 @@ inline const std::vector<OptionSpec>& option_specs() {
         {"heads", TRAIN | INFO, MODEL, &O::heads, 1, 1024, "attention heads; must divide the channels", "the preset's"},
         {"channels", TRAIN | INFO, MODEL, &O::channels, 1, 65536, "width of the residual stream", "the preset's"},
         {"max-seq", TRAIN | INFO, MODEL, &O::max_seq, 1, 1 << 24, "longest sequence; with learned positions also their number", "the preset's"},
-        {"positions", TRAIN | INFO, MODEL, &O::positions, 0, 0, "position encoding", "learned if every layer is causal, else rope", {"learned", "rope", "none"}},
+        {"positions",
+         TRAIN | INFO,
+         MODEL,
+         &O::positions,
+         0,
+         0,
+         "position encoding",
+         "learned if every layer is causal, else rope",
+         {"learned", "rope", "none"}},
         {"tokenizer", TRAIN | INFO, MODEL, &O::tokenizer, 0, 0, "bytes, or the token ids of shards", "bytes for a text, ids for shards", {"bytes", "ids"}},
 
         {"data", TRAIN | EVAL, FREE, &O::data, 0, 0, "a text file, a token shard, or a quoted glob of shards"},
@@ -109,7 +117,15 @@ inline const std::vector<OptionSpec>& option_specs() {
         {"lr", TRAIN, RUN, &O::lr, 0, 1000, "learning rate", "by preset"},
         {"min-lr", TRAIN, RUN, &O::min_lr, 0, 1000, "learning rate at the end", "a tenth of --lr"},
         {"warmup", TRAIN, RUN, &O::warmup, 0, MANY, "steps until the full learning rate", "by preset, at most a tenth of --steps"},
-        {"schedule", TRAIN, RUN, &O::schedule, 0, 0, "course of the learning rate", nullptr, {schedule_names[0], schedule_names[1], schedule_names[2], schedule_names[3]}},
+        {"schedule",
+         TRAIN,
+         RUN,
+         &O::schedule,
+         0,
+         0,
+         "course of the learning rate",
+         nullptr,
+         {schedule_names[0], schedule_names[1], schedule_names[2], schedule_names[3]}},
         {"weight-decay", TRAIN, RUN, &O::weight_decay, 0, 100, "AdamW's, on matrices only"},
         {"grad-clip", TRAIN, RUN, &O::grad_clip, 0, 1e9, "largest global norm of the gradient; 0: off"},
         {"beta1", TRAIN, RUN, &O::beta1, 0, 0.999999, "AdamW's first moment"},
@@ -151,9 +167,9 @@ inline double parse_number(const OptionSpec& s, const std::string& text, bool wh
 }
 
 inline void set_option(Options& o, const OptionSpec& s, const std::string& text) {
-    if (auto f = std::get_if<bool Options::*>(&s.field)) o.**f = text == "true";
-    if (auto f = std::get_if<int64_t Options::*>(&s.field)) o.**f = (int64_t)parse_number(s, text, true);
-    if (auto f = std::get_if<double Options::*>(&s.field)) o.**f = parse_number(s, text, false);
+    if (auto f = std::get_if<bool Options::*>(&s.field)) o.** f = text == "true";
+    if (auto f = std::get_if<int64_t Options::*>(&s.field)) o.** f = (int64_t)parse_number(s, text, true);
+    if (auto f = std::get_if<double Options::*>(&s.field)) o.** f = parse_number(s, text, false);
     if (auto f = std::get_if<std::string Options::*>(&s.field)) {
         std::string known;
         bool found = s.choices.empty();
@@ -162,7 +178,7 @@ inline void set_option(Options& o, const OptionSpec& s, const std::string& text)
             known += std::string(known.empty() ? "" : ", ") + c;
         }
         if (!found) usage_error("--%s is '%s': choose one of %s", s.name, text.c_str(), known.c_str());
-        o.**f = text;
+        o.** f = text;
     }
 }
 
@@ -248,14 +264,18 @@ inline std::map<std::string, AttentionFlag> attention_flags() {
                 choices += (choices.empty() ? "" : ", ") + std::string(c);
             }
             if (!told) help += ": " + choices;
-            if (!option.choices.empty()) initial = option.choices[(int)option.initial];
-            else if (option.initial != AUTOMATIC) initial = format("%g", option.initial);  // the layer's help says what automatic means
+            if (!option.choices.empty())
+                initial = option.choices[(int)option.initial];
+            else if (option.initial != AUTOMATIC)
+                initial = format("%g", option.initial);  // the layer's help says what automatic means
             AttentionFlag& f = flags[option.name];
             if (f.initial.find(initial) == std::string::npos) f.initial += (f.initial.empty() ? "" : " or ") + initial;
             auto& known = texts[option.name];
             auto same = std::find_if(known.begin(), known.end(), [&](const auto& t) { return t.first == help; });
-            if (same == known.end()) known.push_back({help, d.name});
-            else same->second += std::string(", ") + d.name;
+            if (same == known.end())
+                known.push_back({help, d.name});
+            else
+                same->second += std::string(", ") + d.name;
         }
     }
     for (const auto& [name, list] : texts)
@@ -288,7 +308,9 @@ inline void declare_options(CLI::App& app, Command command, std::map<std::string
             option = app.add_flag(name, flags[s.name], help);
         } else {
             option = app.add_option(name, texts[s.name], help + default_text(initial_text(s)));
-            option->type_name(std::holds_alternative<std::string Options::*>(s.field) ? "TEXT" : std::holds_alternative<double Options::*>(s.field) ? "NUMBER" : "N");
+            option->type_name(std::holds_alternative<std::string Options::*>(s.field) ? "TEXT"
+                              : std::holds_alternative<double Options::*>(s.field)    ? "NUMBER"
+                                                                                      : "N");
         }
         option->multi_option_policy(CLI::MultiOptionPolicy::TakeLast)->group(s.role == Role::MODEL ? "Model" : "Options");
     }
@@ -315,7 +337,8 @@ inline void refuse_extras(const CLI::App& app, const std::string& command) {
     std::vector<std::string> extras = app.remaining();
     if (extras.empty()) return;
     bool option = extras[0][0] == '-';
-    std::string known = command.empty() && !option ? "choose train, eval, generate or info" : "train_gpt2 " + command + (command.empty() ? "" : " ") + "--help lists what there is";
+    std::string known = command.empty() && !option ? "choose train, eval, generate or info"
+                                                   : "train_gpt2 " + command + (command.empty() ? "" : " ") + "--help lists what there is";
     usage_error("unknown %s '%s': %s", option ? "option" : command.empty() ? "command" : "argument", extras[0].c_str(), known.c_str());
 }
 

@@ -32,7 +32,8 @@ static LoadedModel load_trained(const Options& o, int64_t min_tokens) {
     m.state = read_state(directory);
     m.tokenizer = tokenizer_of(m.state, path);
     ModelConfig config = model_from_json(m.state.model, path);
-    if (config.vocab_size != m.tokenizer.vocab_size) data_error("'%s': the model's vocabulary of %d is not the tokenizer's; take another checkpoint", path.c_str(), config.vocab_size);
+    if (config.vocab_size != m.tokenizer.vocab_size)
+        data_error("'%s': the model's vocabulary of %d is not the tokenizer's; take another checkpoint", path.c_str(), config.vocab_size);
     if (m.state.seq > config.max_seq) data_error("'%s': seq is longer than the model's longest sequence; take another checkpoint", path.c_str());
     TrainerOptions t;
     t.training = false;
@@ -58,6 +59,8 @@ static int evaluate(const Options& o) {
         l.rows = std::max<int64_t>(1, batch_tokens / l.seq);
         l.doc_mask = m.state.doc_mask;
         LossResult r = evaluate_loss(*m.trainer, data, l);
+        if (!std::isfinite(r.loss))
+            data_error("the loss is not finite: the model's training diverged, or the data has nothing to score; take an earlier checkpoint");
         printf("loss %.6f | perplexity %.4f", r.loss, std::exp(r.loss));
         if (m.tokenizer.text && r.bytes) printf(" | bits per byte %.4f", r.bits_per_byte());
         printf(" | %lld tokens\n", (long long)r.tokens);

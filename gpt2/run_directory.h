@@ -44,7 +44,8 @@ inline void write_run_config(const std::string& directory, const Options& o, con
         std::string name = s.name;
         if ((s.commands & TRAIN) && name != "out" && name != "resume" && name != "overwrite") options[name] = option_json(o, s);
     }
-    nlohmann::ordered_json j = {{"program", program_name}, {"version", 1}, {"model", model_json(model)}, {"options", options}, {"attention_options", o.attention_options}};
+    nlohmann::ordered_json j = {
+        {"program", program_name}, {"version", 1}, {"model", model_json(model)}, {"options", options}, {"attention_options", o.attention_options}};
     write_file(directory + "/config.json", j.dump(2) + "\n");
 }
 
@@ -71,7 +72,7 @@ inline Options read_run_options(const std::string& directory) {
 class RunDirectory {
     int lock = -1;
 
-   public:
+ public:
     std::string path;
 
     RunDirectory() = default;

@@ -76,7 +76,7 @@ struct StatePool {
         return n * sizeof(T);
     }
 
-   private:
+ private:
     int take_page() {
         if (free_pages.empty()) {
             pages.emplace_back(new T[page_numbers]);

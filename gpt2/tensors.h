@@ -18,10 +18,10 @@ struct TensorSpec {
     std::string name;
     std::vector<int64_t> shape;
     Storage storage = Storage::WORKING;
-    bool decay = false;            // AdamW's weight decay: matrices only
-    double init_value = 0;         // every element starts at init_value + init_std * normal
+    bool decay = false;     // AdamW's weight decay: matrices only
+    double init_value = 0;  // every element starts at init_value + init_std * normal
     double init_std = 0;
-    double lr_multiplier = 1;      // times the schedule's learning rate
+    double lr_multiplier = 1;  // times the schedule's learning rate
 
     int64_t size() const {
         int64_t n = 1;
@@ -58,7 +58,9 @@ inline TensorSpec buffer_spec(const std::string& name, std::vector<int64_t> shap
 struct AnyPointer {
     void* p;
     template <class T>
-    operator T*() const { return (T*)p; }
+    operator T*() const {
+        return (T*)p;
+    }
 };
 
 // A list of tensors and, once an Arena has bound them, where their data stands.

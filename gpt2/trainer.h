@@ -12,10 +12,10 @@
 
 // Sequences packed one behind another: sequence s is rows cu_seqlens[s] .. cu_seqlens[s+1]-1. A dense batch of B rows is offsets 0, T, 2T, ...
 struct Batch {
-    std::vector<int> tokens;         // ids below vocab_size
-    std::vector<int> targets;        // the next tokens; -1: not scored
-    std::vector<int> cu_seqlens;     // num_seqs + 1 offsets, not decreasing, from 0 to tokens.size(); lengths at most max_seq
-    int64_t first_row = 0;           // global number of the first sequence, for dropout's counters
+    std::vector<int> tokens;      // ids below vocab_size
+    std::vector<int> targets;     // the next tokens; -1: not scored
+    std::vector<int> cu_seqlens;  // num_seqs + 1 offsets, not decreasing, from 0 to tokens.size(); lengths at most max_seq
+    int64_t first_row = 0;        // global number of the first sequence, for dropout's counters
     // With carried memory: sequence s starts from the memory that stands in lane memory_from[s] (-1: empty), and leaves its own in lane
     // memory_to[s] (-1: nowhere). Empty vectors: no carried memory. Only recurrent layers have one; the others start afresh.
     std::vector<int> memory_from, memory_to;
@@ -24,11 +24,11 @@ struct Batch {
 
 // How one forward pass is meant.
 struct Pass {
-    bool training = false;     // keep what backward needs, apply dropout; backward() may follow
-    double grad_scale = 1;     // times the gradient of the mean loss: 1/accumulation steps
+    bool training = false;  // keep what backward needs, apply dropout; backward() may follow
+    double grad_scale = 1;  // times the gradient of the mean loss: 1/accumulation steps
     double dropout = 0;
-    uint64_t seed = 0;         // dropout's key
-    uint32_t step = 0;         // counts forward passes in training, for dropout's counters
+    uint64_t seed = 0;  // dropout's key
+    uint32_t step = 0;  // counts forward passes in training, for dropout's counters
 };
 
 struct AdamW {
@@ -40,10 +40,10 @@ struct AdamW {
 enum class Section { PARAMETERS, GRADIENTS, MOMENT1, MOMENT2 };  // all have the shapes of the parameter list
 
 struct TrainerOptions {
-    int64_t max_tokens = 0;    // tokens of the largest batch
-    bool training = true;      // room for gradients, moments and saved activations
-    int lanes = 0;             // carried memories
-    bool plan_only = false;    // allocate nothing: only config, parameters() without data and the three ..._bytes() may be asked (`info` of a large model)
+    int64_t max_tokens = 0;  // tokens of the largest batch
+    bool training = true;    // room for gradients, moments and saved activations
+    int lanes = 0;           // carried memories
+    bool plan_only = false;  // allocate nothing: only config, parameters() without data and the three ..._bytes() may be asked (`info` of a large model)
 };
 
 struct Trainer {
@@ -61,10 +61,10 @@ struct Trainer {
     // Appends new tokens to sequences that are being decoded: `batch.cu_seqlens` packs q_len >= 0 tokens for each of `sequences`; writes the
     // logits of each sequence's last new token, (num_seqs, vocab_size).
     virtual void extend(const Batch& batch, const std::vector<int>& sequences, float* last_logits) = 0;
-    virtual int new_sequence() = 0;       // an empty one; its number is valid until free_sequence
-    virtual int fork_sequence(int s) = 0; // another with the same past
+    virtual int new_sequence() = 0;        // an empty one; its number is valid until free_sequence
+    virtual int fork_sequence(int s) = 0;  // another with the same past
     virtual void free_sequence(int s) = 0;
-    virtual size_t state_bytes() = 0;     // what all living sequences hold
+    virtual size_t state_bytes() = 0;  // what all living sequences hold
 
     // The parameter list, and copies of its tensors in float32 (i: index in the list).
     virtual const Tensors& parameters() = 0;

@@ -79,8 +79,8 @@ static void bench(const std::string& pattern, int B, int T, int steps) {
 
 int main(int argc, char** argv) {
     printf("GPT-2 124M, float32, %d threads; ms medians [min max]; memory in MiB: parameters, gradients + moments, activations\n", cpu::num_threads());
-    printf("%-28s %3s %6s  %8s %15s  %7s  %7s  %8s %15s %7s   %5s   %s\n", "attention", "B", "T", "step", "", "tok/s", "GFLOP/s", "matmuls", "", "GFLOP/s", "ratio",
-           "param  grad   act");
+    printf("%-28s %3s %6s  %8s %15s  %7s  %7s  %8s %15s %7s   %5s   %s\n", "attention", "B", "T", "step", "", "tok/s", "GFLOP/s", "matmuls", "", "GFLOP/s",
+           "ratio", "param  grad   act");
     try {
         if (argc >= 4) {
             bench(argv[1], atoi(argv[2]), atoi(argv[3]), argc > 4 ? atoi(argv[4]) : 5);

@@ -636,7 +636,8 @@ static void extend_case(const Variant& v, Extend other_extend = nullptr) {
         int sizes[] = {0, 1, 2, 3, 4, 7, K - 1, K, K + 1}, c = chunk;
         PagedStates paged(layer, all.batch.lengths, page, page + 1);
         Numbers out(all.x.size(), NOT_A_NUMBER);
-        extend_to_end(layer, all, paged, [&] { return c ? c : sizes[random.below(9)]; }, out);
+        extend_to_end(
+            layer, all, paged, [&] { return c ? c : sizes[random.below(9)]; }, out);
         check(row_error(minus(out, all.residual), expected, v.channels), forward_tolerance(), format("chunks of %d, pages of %d", chunk, page));
         paged.check_untouched();
     }
@@ -689,7 +690,8 @@ static void memory_case(const Variant& v) {
             for (int s = 0; s < n; s++) paged.states[s].length = done[s];
             Pass rest = all;
             y.assign(all.x.size(), NOT_A_NUMBER);
-            extend_to_end(layer, rest, paged, [] { return 2; }, y);
+            extend_to_end(
+                layer, rest, paged, [] { return 2; }, y);
             for (int s = 0; s < n; s++) std::copy_n(y.begin() + offset(s), now[s] * C, out.begin() + offset(s));
             return;
         }
@@ -733,7 +735,8 @@ static void compare_outcomes(const Layer& layer, const Outcome& a, const Outcome
 static Numbers extended(const Layer& layer, const Pass& all) {
     PagedStates paged(layer, all.batch.lengths, 16, 1);
     Numbers out(all.x.size(), NOT_A_NUMBER);
-    extend_to_end(layer, all, paged, [] { return 40; }, out);
+    extend_to_end(
+        layer, all, paged, [] { return 40; }, out);
     return out;
 }
 
@@ -746,8 +749,10 @@ static void threads_case(const Variant& v) {
         set_threads(threads);
         compare_outcomes(layer, both(layer, pass), one, own_matmul, format("%d threads", threads));
         Numbers e = extended(layer, pass);
-        if (own_matmul) check(different_bits(e, extended_one), 0, format("%d threads: numbers that differ in extend", threads));
-        else check(row_error(e, extended_one, layer.C()), rounding(), format("%d threads, extend", threads));
+        if (own_matmul)
+            check(different_bits(e, extended_one), 0, format("%d threads: numbers that differ in extend", threads));
+        else
+            check(row_error(e, extended_one, layer.C()), rounding(), format("%d threads, extend", threads));
         set_threads(1);
     }
 }
@@ -1359,12 +1364,14 @@ static void matmul_case(cpu::Transpose ta, cpu::Transpose tb) {
         for (real beta : {(real)0, (real)1, (real)-0.5}) {
             int lda = (ta == cpu::NO ? K : M) + 3, ldb = (tb == cpu::NO ? N : K) + 1, ldc = N + 2;
             real alpha = beta == 1 ? (real)1 : (real)0.7;
-            Numbers A = random.normals((int64_t)lda * (ta == cpu::NO ? M : K)), B = random.normals((int64_t)ldb * (tb == cpu::NO ? K : N)), C = random.normals((int64_t)M * ldc);
+            Numbers A = random.normals((int64_t)lda * (ta == cpu::NO ? M : K)), B = random.normals((int64_t)ldb * (tb == cpu::NO ? K : N)),
+                    C = random.normals((int64_t)M * ldc);
             Numbers expected = C, builtin = C;
             for (int i = 0; i < M; i++)
                 for (int j = 0; j < N; j++) {
                     double sum = 0;
-                    for (int p = 0; p < K; p++) sum += (double)(ta == cpu::NO ? A[i * lda + p] : A[p * lda + i]) * (tb == cpu::NO ? B[p * ldb + j] : B[j * ldb + p]);
+                    for (int p = 0; p < K; p++)
+                        sum += (double)(ta == cpu::NO ? A[i * lda + p] : A[p * lda + i]) * (tb == cpu::NO ? B[p * ldb + j] : B[j * ldb + p]);
                     expected[i * ldc + j] = (real)(alpha * sum + beta * C[i * ldc + j]);
                     if (beta == 0) builtin[i * ldc + j] = NOT_A_NUMBER;  // beta 0 overwrites
                 }
@@ -1384,8 +1391,10 @@ static void matmul_case(cpu::Transpose ta, cpu::Transpose tb) {
 }
 
 static void vector_functions_case() {
-    for (double x = -87; x < 88; x += 0.037) check(std::fabs(cpu::vexp((real)x) / std::exp((double)(real)x) - 1), is_double ? 1e-14 : 1e-5, format("exp(%g)", x));
-    check_that(cpu::vexp((real)-1000) == 0 && cpu::vexp(-std::numeric_limits<real>::infinity()) == 0 && std::isinf(cpu::vexp((real)1000)), "exp beyond its range");
+    for (double x = -87; x < 88; x += 0.037)
+        check(std::fabs(cpu::vexp((real)x) / std::exp((double)(real)x) - 1), is_double ? 1e-14 : 1e-5, format("exp(%g)", x));
+    check_that(cpu::vexp((real)-1000) == 0 && cpu::vexp(-std::numeric_limits<real>::infinity()) == 0 && std::isinf(cpu::vexp((real)1000)),
+               "exp beyond its range");
     check_that(std::isnan(cpu::vexp(NOT_A_NUMBER)), "exp(NaN) is NaN");
     Random random(7);
     for (int n : {0, 1, 5, 16, 17, 64, 100}) {
@@ -1441,7 +1450,8 @@ static std::vector<Case> all_cases() {
     add_variants("ragged", ragged_case);
     for (const Variant& v : tested)
         if (v.dropout == 0) cases.push_back({"extend/" + v.name(), [=] { extend_case(v); }});
-    const std::pair<const char*, Extend> forms[] = {{"unabsorbed", extend_as<0>}, {"absorbed", extend_as<1>}, {"merged", extend_as<2>}, {"mixed", extend_as<3>}};
+    const std::pair<const char*, Extend> forms[] = {
+        {"unabsorbed", extend_as<0>}, {"absorbed", extend_as<1>}, {"merged", extend_as<2>}, {"mixed", extend_as<3>}};
     for (const Variant& v : tested)
         for (const auto& form : forms)
             if (v.dropout == 0 && v.layer_name() == "mla") cases.push_back({"extend/" + v.name() + "/" + form.first, [=] { extend_case(v, form.second); }});
@@ -1498,9 +1508,8 @@ static void run_case(const Case& c) {
     double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
     bool ok = results.failures == 0 && results.checks > 0;
     (ok ? passed : failed)++;
-    std::string worst = results.worst >= 0 || results.worst != results.worst
-                            ? format(", worst %.2g of %.2g (%s)", results.error, results.tolerance, results.what.c_str())
-                            : "";
+    std::string worst =
+        results.worst >= 0 || results.worst != results.worst ? format(", worst %.2g of %.2g (%s)", results.error, results.tolerance, results.what.c_str()) : "";
     printf("%s  %-78s %5d checks%s  %.2f s\n%s", ok ? "ok  " : "FAIL", c.name.c_str(), results.checks, worst.c_str(), seconds, results.messages.c_str());
     if (results.failures > 5) printf("      ... and %d more\n", results.failures - 5);
     fflush(stdout);
@@ -1513,10 +1522,14 @@ int main(int argc, char** argv) {
     bool list = false;
     for (int i = 1; i < argc; i++) {
         std::string arg = argv[i];
-        if (arg == "--list") list = true;
-        else if (arg == "--first-failure") first_failure = true;
-        else if (arg[0] == '-') return fprintf(stderr, "unknown option '%s': layer_tests [--list] [--first-failure] [NAME...]\n", argv[i]), EXIT_USAGE;
-        else names.push_back(arg);
+        if (arg == "--list")
+            list = true;
+        else if (arg == "--first-failure")
+            first_failure = true;
+        else if (arg[0] == '-')
+            return fprintf(stderr, "unknown option '%s': layer_tests [--list] [--first-failure] [NAME...]\n", argv[i]), EXIT_USAGE;
+        else
+            names.push_back(arg);
     }
     set_threads(1);
     std::vector<Case> cases = all_cases();
@@ -1526,8 +1539,10 @@ int main(int argc, char** argv) {
         for (const std::string& n : names) wanted = wanted || c.name.compare(0, n.size(), n) == 0;
         if (!wanted) continue;
         chosen++;
-        if (list) printf("%s\n", c.name.c_str());
-        else run_case(c);
+        if (list)
+            printf("%s\n", c.name.c_str());
+        else
+            run_case(c);
     }
     if (list) return 0;
     if (!chosen) return fprintf(stderr, "no case has such a name: see layer_tests --list\n"), EXIT_USAGE;

@@ -175,7 +175,7 @@ expect "the same training losses" [ "$(losses looks/log.jsonl | sed 's/"val_loss
 good "nothing left to do" train --out whole --resume
 good "more steps" train --out whole --resume --steps 10 --schedule "$(sed -n 's/.*"schedule": "\(.*\)".*/\1/p' whole/config.json)"
 expect "ten lines" [ "$(wc -l <whole/log.jsonl)" -eq 10 ]
-good "the same options again" "${run[@]}" --out a --resume --attention causal --lr 2e-3
+good "the same options again" "${run[@]}" --out a --resume --attention causal --lr 4e-3
 for contradiction in "--layers 3" "--lr 0.5" "--batch 8" "--seed 3" "--dropout 0.5" "--attention causal:window=4" "--window 4" "--preset gpt2-124M" "--positions rope" "--total-batch 256" "--doc-mask"; do
     # shellcheck disable=SC2086
     error "resume with $contradiction" 2 "${contradiction/:*/}.*'a'" train --out a --resume $contradiction

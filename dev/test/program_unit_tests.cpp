@@ -31,7 +31,8 @@ TEST_CASE("every schedule warms up on a straight line and reaches lr at the end 
     }
 }
 TEST_CASE("schedules in the middle and at the end") {
-    Schedule cosine = {"cosine", 1.0, 0.1, 0, 100}, linear = {"linear", 1.0, 0.1, 20, 100}, constant = {"constant", 1.0, 0.1, 0, 100}, wsd = {"wsd", 1.0, 0.0, 10, 100};
+    Schedule cosine = {"cosine", 1.0, 0.1, 0, 100}, linear = {"linear", 1.0, 0.1, 20, 100}, constant = {"constant", 1.0, 0.1, 0, 100},
+             wsd = {"wsd", 1.0, 0.0, 10, 100};
     CHECK(learning_rate(cosine, 50) == doctest::Approx(0.55).epsilon(1e-14));
     CHECK(learning_rate(cosine, 25) == doctest::Approx(0.1 + 0.9 * 0.5 * (1 + std::sqrt(0.5))).epsilon(1e-14));
     CHECK(learning_rate(cosine, 100) == doctest::Approx(0.1).epsilon(1e-14));
@@ -223,7 +224,8 @@ TEST_CASE("the last value wins, in both spellings") {
     CHECK(!o.is_given("batch"));
 }
 TEST_CASE("texts are taken as they are") {
-    for (const char* text : {"-x", "--", "[a,b]", "{}", "\"q\"", " a  b ", "a\nb", "%d", "#c"}) CHECK(parsed({"generate", std::string("--prompt=") + text}).prompt == text);
+    for (const char* text : {"-x", "--", "[a,b]", "{}", "\"q\"", " a  b ", "a\nb", "%d", "#c"})
+        CHECK(parsed({"generate", std::string("--prompt=") + text}).prompt == text);
     for (const char* text : {"-x", "--tokens", ""}) CHECK(parsed({"generate", "--prompt", text}).prompt == text);
 }
 TEST_CASE("every number is refused beyond its range, and taken at its ends") {
@@ -284,7 +286,8 @@ TEST_CASE("names of steps") {
     CHECK(step_of_name("step_00000000") == 0);
     CHECK(step_of_name("step_00001000") == 1000);
     CHECK(step_of_name("step_123456789") == 123456789);
-    for (const char* other : {"", "step", "step_", "step_1", "step_0000100", "step_00001000.tmp", "step_0000100x", "stop_00001000", "step_-0001000"}) CHECK(step_of_name(other) == -1);
+    for (const char* other : {"", "step", "step_", "step_1", "step_0000100", "step_00001000.tmp", "step_0000100x", "stop_00001000", "step_-0001000"})
+        CHECK(step_of_name(other) == -1);
     CHECK(step_directory("r", 1000) == "r/step_00001000");
     CHECK(questions_path("a/b.txt") == "a/b.questions.jsonl");
     CHECK(questions_path("a/b") == "a/b.questions.jsonl");
@@ -294,9 +297,9 @@ TEST_CASE("questions") {
     Question q = parse_question(R"({"prompt": "ab", "answer": "cd", "distance": 40, "guess": 0.5})", bytes, "here");
     CHECK(q.tokens == std::vector<int>{256, 'a', 'b', 'c'});
     CHECK(q.answer == std::vector<int>{'c', 'd'});
-    for (const char* bad : {"", "x", "[]", "{}", R"({"prompt": "ab", "answer": "", "distance": 40, "guess": 0.5})", R"({"prompt": 1, "answer": "c", "distance": 40, "guess": 0.5})",
-                            R"({"prompt": "a", "answer": "c", "distance": -1, "guess": 0.5})", R"({"prompt": "a", "answer": "c", "distance": 1.5, "guess": 0.5})",
-                            R"({"prompt": "a", "answer": "c", "distance": 1, "guess": 2})"})
+    for (const char* bad : {"", "x", "[]", "{}", R"({"prompt": "ab", "answer": "", "distance": 40, "guess": 0.5})",
+                            R"({"prompt": 1, "answer": "c", "distance": 40, "guess": 0.5})", R"({"prompt": "a", "answer": "c", "distance": -1, "guess": 0.5})",
+                            R"({"prompt": "a", "answer": "c", "distance": 1.5, "guess": 0.5})", R"({"prompt": "a", "answer": "c", "distance": 1, "guess": 2})"})
         CHECK_THROWS_AS(parse_question(bad, bytes, "here"), Error);
     std::vector<Question> many(1000);
     for (int i = 0; i < 1000; i++) many[i].distance = i;

@@ -72,9 +72,12 @@ struct Source {
         bool line_start = true;
         for (size_t i = 0; i < clean.size(); i++) {
             size_t end = i;
-            if (line_start && clean[i] == '#') end = clean.find('\n', i);
-            else if (!clean.compare(i, 2, "//")) end = clean.find('\n', i);
-            else if (!clean.compare(i, 2, "/*")) end = clean.find("*/", i) + 2;
+            if (line_start && clean[i] == '#')
+                end = clean.find('\n', i);
+            else if (!clean.compare(i, 2, "//"))
+                end = clean.find('\n', i);
+            else if (!clean.compare(i, 2, "/*"))
+                end = clean.find("*/", i) + 2;
             else if (clean[i] == '"' || (clean[i] == '\'' && (i == 0 || !isalnum((unsigned char)clean[i - 1])))) {
                 for (end = i + 1; clean[end] != clean[i]; end++)
                     if (clean[end] == '\\') end++;
@@ -90,8 +93,10 @@ struct Source {
     size_t behind(size_t at) const {
         int depth = 0;
         for (size_t i = at; i < clean.size(); i++) {
-            if (strchr("([{", clean[i])) depth++;
-            else if (strchr(")]}", clean[i]) && --depth == 0) return i + 1;
+            if (strchr("([{", clean[i]))
+                depth++;
+            else if (strchr(")]}", clean[i]) && --depth == 0)
+                return i + 1;
         }
         fail(at, "a bracket is not closed");
     }
@@ -141,8 +146,10 @@ struct Source {
     int mutant(size_t begin, size_t end, const std::string& what) {
         std::string statement;
         for (char c : text.substr(begin, end - begin))
-            if (!isspace((unsigned char)c)) statement += c;
-            else if (!statement.empty() && statement.back() != ' ') statement += ' ';
+            if (!isspace((unsigned char)c))
+                statement += c;
+            else if (!statement.empty() && statement.back() != ' ')
+                statement += ' ';
         fprintf(list, "%d\t%s:%d\t%s\t%s\t%s\n", next, path.c_str(), line(begin), function.c_str(), what.c_str(), statement.c_str());
         return next++;
     }
@@ -159,8 +166,10 @@ struct Source {
     std::vector<size_t> cuts(size_t begin, size_t end) const {
         std::vector<size_t> at = {begin};
         for (size_t i = begin; i < end; i++) {
-            if (strchr("([{", clean[i])) i = behind(i) - 1;
-            else if (clean[i] == ',') at.push_back(i + 1);
+            if (strchr("([{", clean[i]))
+                i = behind(i) - 1;
+            else if (clean[i] == ',')
+                at.push_back(i + 1);
         }
         at.push_back(end + 1);
         return at;
@@ -169,9 +178,12 @@ struct Source {
     size_t right_side(size_t begin, size_t end) const {
         size_t found = 0;
         for (size_t i = begin; i < end; i++) {
-            if (strchr("([{", clean[i])) i = behind(i) - 1;
-            else if (clean[i] == '=' && clean[i + 1] == '=') i++;
-            else if (clean[i] == '=' && !strchr("!<>", clean[i - 1])) found = skip_space(i + 1);
+            if (strchr("([{", clean[i]))
+                i = behind(i) - 1;
+            else if (clean[i] == '=' && clean[i + 1] == '=')
+                i++;
+            else if (clean[i] == '=' && !strchr("!<>", clean[i - 1]))
+                found = skip_space(i + 1);
         }
         return found;
     }

@@ -11,6 +11,7 @@
 #include <cstdint>
 #include <cstring>
 #include <new>
+#include <type_traits>
 #include <utility>
 #include <vector>
 #ifdef _OPENMP
@@ -49,9 +50,13 @@ struct AlignedAllocator {
     T* allocate(size_t n) { return (T*)::operator new(n * sizeof(T), std::align_val_t(64)); }
     void deallocate(T* p, size_t) { ::operator delete(p, std::align_val_t(64)); }
     template <class U>
-    bool operator==(const AlignedAllocator<U>&) const { return true; }
+    bool operator==(const AlignedAllocator<U>&) const {
+        return true;
+    }
     template <class U>
-    bool operator!=(const AlignedAllocator<U>&) const { return false; }
+    bool operator!=(const AlignedAllocator<U>&) const {
+        return false;
+    }
 };
 typedef std::vector<real, AlignedAllocator<real>> RealVector;
 
@@ -111,13 +116,20 @@ inline void tile_matmul(int m, int n, int k, const real* a, int64_t ai, int64_t 
 
 // One stage of transposing W rows of W numbers in registers: rows r and r+S exchange their off-diagonal blocks of S x S. After the stages S = 1, 2, ... W/2
 // the block is transposed (Eklundh 1972).
+#ifdef __clang__
+#define TWO_VECTORS(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else  // GCC has the other name only since 12
+typedef std::conditional_t<sizeof(real) == 4, int32_t, int64_t> Lane;
+typedef Lane LaneVector __attribute__((vector_size(vector_bytes)));
+#define TWO_VECTORS(a, b, ...) __builtin_shuffle(a, b, LaneVector{__VA_ARGS__})
+#endif
 template <int S, int... I>
 inline void transpose_stage(vec* row, std::integer_sequence<int, I...>) {
     for (int r = 0; r < W; r++) {
         if (r & S) continue;
         vec a = row[r], b = row[r + S];
-        row[r] = __builtin_shufflevector(a, b, (I & S ? W + I - S : I)...);
-        row[r + S] = __builtin_shufflevector(a, b, (I & S ? W + I : I + S)...);
+        row[r] = TWO_VECTORS(a, b, (I & S ? W + I - S : I)...);
+        row[r + S] = TWO_VECTORS(a, b, (I & S ? W + I : I + S)...);
     }
     if constexpr (2 * S < W) transpose_stage<2 * S>(row, std::integer_sequence<int, I...>());
 }
@@ -225,8 +237,8 @@ inline void cblas_gemm(CBLAS_TRANSPOSE ta, CBLAS_TRANSPOSE tb, int M, int N, int
                        float* C, int ldc) {
     cblas_sgemm(CblasRowMajor, ta, tb, M, N, K, alpha, A, lda, B, ldb, beta, C, ldc);
 }
-inline void cblas_gemm(CBLAS_TRANSPOSE ta, CBLAS_TRANSPOSE tb, int M, int N, int K, double alpha, const double* A, int lda, const double* B, int ldb, double beta,
-                       double* C, int ldc) {
+inline void cblas_gemm(CBLAS_TRANSPOSE ta, CBLAS_TRANSPOSE tb, int M, int N, int K, double alpha, const double* A, int lda, const double* B, int ldb,
+                       double beta, double* C, int ldc) {
     cblas_dgemm(CblasRowMajor, ta, tb, M, N, K, alpha, A, lda, B, ldb, beta, C, ldc);
 }
 // OpenBLAS picks its kernels when it starts. On a processor newer than itself, or told so by OPENBLAS_CORETYPE, it may take those of an older generation
@@ -277,7 +289,8 @@ inline void matmul(Transpose ta, Transpose tb, int64_t M, int64_t N, int64_t K, 
         return;
     }
     assert(std::max({M, N, K, lda, ldb, ldc}) < INT32_MAX);
-    cblas_gemm(ta == NO ? CblasNoTrans : CblasTrans, tb == NO ? CblasNoTrans : CblasTrans, (int)M, (int)N, (int)K, alpha, A, (int)lda, B, (int)ldb, beta, C, (int)ldc);
+    cblas_gemm(ta == NO ? CblasNoTrans : CblasTrans, tb == NO ? CblasNoTrans : CblasTrans, (int)M, (int)N, (int)K, alpha, A, (int)lda, B, (int)ldb, beta, C,
+               (int)ldc);
 #endif
 }
 
