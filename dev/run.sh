@@ -31,4 +31,4 @@ echo
 echo
 echo "Go on with:"
 echo "  ./train_gpt2 generate --checkpoint $out --prompt \"Ann hid the silver key in the blue box. Where is the silver key?\""
-echo "  make run ATTENTION=$attention RUN_ARGS=\"--steps 6000\""
+echo "  make run ATTENTION=\"$attention\" RUN_ARGS=\"--steps 6000\""
