@@ -32,6 +32,13 @@ typedef REAL real;
 
 namespace cpu {
 
+inline int thread_number() {
+#ifdef _OPENMP
+    return omp_get_thread_num();
+#else
+    return 0;
+#endif
+}
 inline int num_threads() {
 #ifdef _OPENMP
     return omp_get_max_threads();
@@ -201,10 +208,13 @@ inline void matmul_builtin(Transpose ta, Transpose tb, int64_t M, int64_t N, int
     int64_t strips = (N + width - 1) / width, pieces = std::max<int64_t>(1, std::min((tasks + strips - 1) / strips, M / (4 * MR)));
     int64_t m_block = ((M + pieces - 1) / pieces + MR - 1) / MR * MR;
     pieces = (M + m_block - 1) / m_block;
+    int64_t room = num_threads() * K_BLOCK * 4 * PANEL;
+    if ((int64_t)packed.size() < room) packed.resize(room);
+    real* workspace = packed.data();  // of the calling thread; each thread of the team takes its part
 #pragma omp parallel for collapse(2) schedule(dynamic)
     for (int64_t strip = 0; strip < strips; strip++)
         for (int64_t piece = 0; piece < pieces; piece++) {
-            if (packed.size() < K_BLOCK * 4 * PANEL) packed.resize(K_BLOCK * 4 * PANEL);
+            real* pack = workspace + thread_number() * K_BLOCK * 4 * PANEL;
             int64_t i0 = piece * m_block, m = std::min(m_block, M - i0), j0 = strip * width, n = std::min(width, N - j0);
             if (K == 0 || (beta != 1 && beta != 0))
                 for (int64_t i = i0; i < i0 + m; i++)
@@ -213,7 +223,7 @@ inline void matmul_builtin(Transpose ta, Transpose tb, int64_t M, int64_t N, int
                 int64_t k = std::min(K_BLOCK, K - p0);
                 for (int64_t j = 0; j < n; j += PANEL) {
                     int64_t columns = std::min(PANEL, n - j);
-                    real* to = &packed[j * K_BLOCK];
+                    real* to = pack + j * K_BLOCK;
                     if (tb == YES) {
                         tile_transpose((int)columns, (int)k, B + (j0 + j) * ldb + p0, ldb, to, columns);
                     } else {
@@ -225,7 +235,7 @@ inline void matmul_builtin(Transpose ta, Transpose tb, int64_t M, int64_t N, int
                 for (int64_t i = 0; i < m; i += MR)
                     for (int64_t j = 0; j < n; j += PANEL) {
                         int64_t columns = std::min(PANEL, n - j);
-                        tile_matmul((int)std::min<int64_t>(MR, m - i), (int)columns, (int)k, A + (i0 + i) * lda + p0, lda, 1, &packed[j * K_BLOCK], columns,
+                        tile_matmul((int)std::min<int64_t>(MR, m - i), (int)columns, (int)k, A + (i0 + i) * lda + p0, lda, 1, pack + j * K_BLOCK, columns,
                                     C + (i0 + i) * ldc + j0 + j, ldc, accumulate);
                     }
             }
