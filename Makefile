@@ -6,6 +6,8 @@
 #   CXX=g++               a C++17 compiler with OpenMP
 #   CBLAS=openblas        pkg-config's name of a CBLAS (openblas, mkl-dynamic-lp64-iomp, blis); none: the built-in matrix product
 #   ARCH=native           the processor to compile for (-march)
+#   CUDA_ARCH=            GPUs to compile for, e.g. "80 90a"; default: the one that is here, or these two
+#   NVCC=nvcc             the CUDA compiler, 12 or newer
 ATTENTION ?= causal
 RUN_ARGS  ?=
 ifeq ($(origin CXX),default)
@@ -26,8 +28,18 @@ LIBS      = $(shell dev/blas.sh libs)
 ASAN     := -O1 -g -march=$(ARCH) -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -DARENA_DEBUG
 B        := build
 
+# CUDA.
+NVCC      ?= $(or $(shell command -v nvcc),$(wildcard /usr/local/cuda/bin/nvcc),nvcc)
+FOUND_ARCH = $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | tr -d . | sed 's/^90$$/90a/' | sort -u)
+CUDA_ARCH ?= $(or $(FOUND_ARCH),80 90a)
+GENCODE    = $(foreach a,$(CUDA_ARCH),-gencode=arch=compute_$(a),code=sm_$(a))
+NVCCFLAGS  = -std=c++17 -O3 -DNO_CBLAS -I. -MMD -MP --threads 2 -Xcudafe --display_error_number -Xcompiler -fopenmp,-Wall,-Wextra,-Werror $(GENCODE)
+CUDA_LIBS  = -lcublasLt -lgomp -ldl
+CU        := $(B)/cuda
+LADDERS   := $(patsubst dev/cuda/%.cu,$(CU)/%,$(wildcard dev/cuda/*.cu))
+
 .DEFAULT_GOAL := help
-.PHONY: FORCE help run test bench asan format deps check-deps clean corpus sabotage references
+.PHONY: FORCE help run test bench asan format deps check-deps check-nvcc clean corpus sabotage references test-gpu ladder ladders profile
 .DELETE_ON_ERROR:
 .SECONDARY:
 
@@ -56,11 +68,26 @@ asan: check-deps  ## the tests under AddressSanitizer and UndefinedBehaviorSanit
 sabotage: check-deps  ## delete or negate each gradient statement in turn, and see the tests fail (half an hour)
 	@dev/test/sabotage.sh
 
+train_gpt2cu: check-nvcc $(CU)/train_gpt2_bf16.o $(CU)/train_gpt2_float32.o $(B)/program.o  ## the trainer for NVIDIA GPUs
+	$(NVCC) $(GENCODE) $(filter %.o,$^) -o $@ $(CUDA_LIBS)
+test_gpt2cu: check-nvcc $(CU)/test_gpt2.o $(CU)/train_gpt2_bf16.o $(CU)/train_gpt2_float32.o $(B)/program.o  ## test_gpt2 for the GPU's trainer
+	$(NVCC) $(GENCODE) $(filter %.o,$^) -o $@ $(CUDA_LIBS)
+
+test-gpu: train_gpt2cu test_gpt2cu $(CU)/gpu_tests  ## on a GPU: the reference outputs, and the GPU's trainer against the CPU's
+	@dev/test/run_tests.sh test_gpt2cu $(CU)/gpu_tests dev/test/gpu_program_tests.sh
+
+ladders: check-nvcc $(LADDERS)  ## build every kernel's ladder (dev/cuda), into build/cuda
+ladder: ladders  ## on a GPU: check and time every version of every kernel, and write the tables into dev/cuda/README.md
+	@dev/cuda/ladder.sh $(LADDERS)
+
+profile: train_gpt2cu  ## on a GPU: where the milliseconds of a training step go, by kernel family (Nsight Compute)
+	@dev/cuda/profile.sh
+
 references:  ## write dev/reference/outputs again (needs PyTorch)
 	cd dev/reference && python3 make_references.py
 
 format:  ## clang-format over the sources
-	clang-format -i *.cpp *.h gpt2/*.h gpt2/*.cpp gpt2/cpu/*.h data/*.cpp dev/*/*.cpp
+	clang-format -i *.cpp *.h *.cu *.cuh gpt2/*.h gpt2/*.cpp gpt2/cpu/*.h gpt2/cuda/*.cuh data/*.cpp dev/*/*.cpp dev/cuda/*.cu dev/cuda/*.h
 
 deps:  ## install what the build needs (as root, or after asking)
 	@dev/deps.sh install
@@ -69,7 +96,7 @@ check-deps:
 	@dev/deps.sh check
 
 clean:  ## remove what was built; runs and corpora stay
-	rm -rf $(B) train_gpt2 test_gpt2
+	rm -rf $(B) train_gpt2 test_gpt2 train_gpt2cu test_gpt2cu
 
 # ---- programs ------------------------------------------------------------------------------------------------------------------------------------
 # The program around the trainers (options, training loop, files) does not compute: compiled apart, without -O3, it builds beside the trainer.
@@ -101,6 +128,23 @@ $(B)/layer_tests_f64.o: dev/test/layer_tests.cpp | $(B)
 $(B)/%.o: dev/test/%.cpp | $(B)
 	$(CXX) $(BASE) -O0 -c $< -o $@
 
+# For NVIDIA GPUs: the trainer is compiled once for each working type, and both stand in one program.
+check-nvcc:
+	@command -v $(NVCC) >/dev/null || { echo "error: no CUDA compiler: install the CUDA toolkit, 12 or newer (https://developer.nvidia.com/cuda-downloads), or give NVCC=/path/to/nvcc; the CPU's trainer is: make train_gpt2" >&2; exit 1; }
+	@echo "compiling for GPUs of compute capability: $(CUDA_ARCH)$(if $(FOUND_ARCH),, (none is here))"
+$(CU)/train_gpt2_bf16.o: train_gpt2.cu | $(CU)
+	$(NVCC) $(NVCCFLAGS) -c $< -o $@
+$(CU)/train_gpt2_float32.o: train_gpt2.cu | $(CU)
+	$(NVCC) $(NVCCFLAGS) -DGPU_FLOAT32 -c $< -o $@
+$(CU)/test_gpt2.o: test_gpt2.cpp | $(CU)
+	$(CXX) $(BASE) -O1 -DTEST_GPU -c $< -o $@
+$(CU)/gpu_tests.o: dev/test/gpu_tests.cpp | $(CU)
+	$(CXX) $(BASE) $(FAST) -DNO_CBLAS -c $< -o $@
+$(CU)/gpu_tests: $(CU)/gpu_tests.o $(CU)/train_gpt2_bf16.o $(CU)/train_gpt2_float32.o $(B)/program.o
+	$(NVCC) $(GENCODE) $^ -o $@ $(CUDA_LIBS)
+$(CU)/%: dev/cuda/%.cu | $(CU)
+	$(NVCC) $(NVCCFLAGS) $< -o $@ $(CUDA_LIBS)
+
 # The same under the sanitizers.
 $(B)/asan/train_gpt2: $(B)/asan/train_gpt2.o $(B)/asan/program.o
 	$(CXX) $(ASAN) -fopenmp $^ -o $@ $(LIBS)
@@ -121,13 +165,16 @@ $(B)/asan/unit_tests.o $(B)/asan/program_unit_tests.o: $(B)/asan/%.o: dev/test/%
 $(B)/asan/%.o: dev/test/%.cpp | $(B)/asan
 	$(CXX) $(BASE) $(ASAN) -c $< -o $@
 
-$(B) $(B)/asan:
+$(B) $(B)/asan $(CU):
 	@mkdir -p $@
 
 # Other settings than last time: everything is built again.
 SETTINGS = $(CXX) $(BASE) $(FAST) $(ASAN) $(LIBS)
 $(B)/settings: FORCE | $(B)
 	@echo '$(SETTINGS)' | cmp -s - $@ || echo '$(SETTINGS)' > $@
+$(CU)/settings: FORCE | $(CU)
+	@echo '$(NVCC) $(NVCCFLAGS)' | cmp -s - $@ || echo '$(NVCC) $(NVCCFLAGS)' > $@
+$(CU)/train_gpt2_bf16.o $(CU)/train_gpt2_float32.o $(LADDERS): $(CU)/settings
 FORCE:
 OBJECTS := $(addprefix $(B)/,$(addsuffix .o,train_gpt2 test_gpt2 program bench stories test_stories layer_tests layer_tests_f64 unit_tests program_unit_tests))
 $(OBJECTS) $(patsubst $(B)/%,$(B)/asan/%,$(OBJECTS)): $(B)/settings
@@ -138,4 +185,4 @@ corpus: data/stories/train.txt
 data/stories/train.txt: $(B)/stories
 	$(B)/stories --out data/stories
 
--include $(wildcard $(B)/*.d $(B)/asan/*.d)
+-include $(wildcard $(B)/*.d $(B)/asan/*.d $(CU)/*.d)

@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "attention.h"
+#include "gpt2/initialise.h"
 #include "gpt2/program.h"
 #include "gpt2/state.h"
 #include "gpt2/trainer.h"
@@ -236,19 +237,7 @@ struct Gpt2 : Trainer {
     real* wpe(const Tensors& t) const { return config.positions == Positions::LEARNED ? (real*)t["wpe"] : nullptr; }
 
     void initialise(uint64_t seed) override {
-        for (size_t t = 0; t < params.specs.size(); t++) {
-            const TensorSpec& s = params.specs[t];
-            real* p = (real*)params.data[t];
-            int64_t n = s.size(), used = s.name == "wte" ? (int64_t)config.vocab_size * config.channels : n;  // padding rows are zero
-#pragma omp parallel for
-            for (int64_t i = 0; i < n; i += 4) {
-                Philox r = philox(seed, (uint32_t)(i >> 2), (uint32_t)(i >> 34), (uint32_t)t, 0x494e4954 /* INIT */);
-                double z[4];
-                philox_normal(r.word[0], r.word[1], &z[0], &z[1]);
-                philox_normal(r.word[2], r.word[3], &z[2], &z[3]);
-                for (int64_t k = i; k < std::min(i + 4, n); k++) p[k] = (real)(k < used ? s.init_value + s.init_std * z[k - i] : 0);
-            }
-        }
+        for (size_t t = 0; t < params.specs.size(); t++) initial_values(config, params.specs, t, seed, (real*)params.data[t]);
     }
 
     // ---- forward ---------------------------------------------------------------------------------------------------------------------------------
@@ -468,7 +457,7 @@ struct Gpt2 : Trainer {
             for (int s = 0; s < S; s++) {
                 auto& q = pool.sequences[sequences[s]];
                 states[s].length = q.length;
-                states[s].fixed = q.fixed.data() + pool.fixed_offset[l];
+                states[s].fixed = q.fixed.get() + pool.fixed_offset[l];
                 states[s].pages = pages[s].data();
                 states[s].page_size = pool.page_size;
                 states[s].offset = pool.page_offset[l];
@@ -525,6 +514,7 @@ struct Gpt2 : Trainer {
 
 }  // namespace cpu
 
+bool trainer_on_gpu() { return false; }
 std::unique_ptr<Trainer> make_trainer(const ModelConfig& config, const TrainerOptions& options) { return std::make_unique<cpu::Gpt2>(config, options); }
 
 #ifndef GPT2_NO_MAIN

@@ -40,6 +40,8 @@ inline int print_info(Options o) {
     TrainerOptions t;
     t.max_tokens = o.batch * o.seq;
     t.plan_only = true;
+    t.dtype = o.dtype;
+    t.recompute = (int)o.recompute;
     std::unique_ptr<Trainer> trainer = make_trainer(c, t);
     print_tensors(trainer->parameters());
 

@@ -5,6 +5,7 @@
 #include <cmath>
 #include <csignal>
 #include <cstdint>
+#include <deque>
 #include <memory>
 #include <string>
 #include <vector>
@@ -41,6 +42,7 @@ struct TrainingRun {
     RunDirectory directory;
     Log log;
     Progress progress;
+    std::chrono::steady_clock::time_point clock;  // when the last step was finished
 };
 
 // ----------------------------------------------------------------------------
@@ -178,6 +180,10 @@ inline void load_state(TrainingRun& run) {
         usage_error("--steps %lld is behind the checkpoint's step %lld: --steps is the number of the last step", (long long)o.steps, (long long)state.step);
     load_model(from, *run.trainer);
     load_optimizer(from, *run.trainer);
+    if (exists(o.out + "/matmul_plans.txt")) {
+        MappedFile plans(o.out + "/matmul_plans.txt");
+        run.trainer->set_matmul_plans(std::string((const char*)plans.data, plans.size));
+    }
     run.saved_step = state.step;
 }
 
@@ -200,16 +206,25 @@ inline void prepare_directory(TrainingRun& run) {
     run.log.open(o.out + "/log.jsonl", run.state.step);
 }
 
+// Before anything is allocated.
+inline void print_plan(const Options& o, Trainer& plan) {
+    const ModelConfig& c = plan.config;
+    double training = 3 * model_flops(c, (double)o.seq), peak = plan.peak_flops();
+    printf("model: %s, attention %s, %d layers, %d heads, %d channels, %lld parameters\n", o.preset.c_str(), o.attention.c_str(), c.layers, c.heads, c.channels,
+           (long long)plan.parameters().size());
+    printf("memory: parameters %.1f MB, gradients and moments %.1f MB, activations %.1f MB\n", plan.parameter_bytes() / 1e6, plan.gradient_bytes() / 1e6,
+           plan.activation_bytes() / 1e6);
+    if (peak > 0)
+        printf("work: %.4g FLOPs a token (3 x forward, matrix products and the keys that are seen); utilisation is that times tokens/s over %.0f TFLOP/s\n", training,
+               peak / 1e12);
+    fflush(stdout);
+}
+
 inline void print_start(const TrainingRun& run) {
     const Options& o = run.o;
-    const ModelConfig& c = run.trainer->config;
-    printf("model: %s, attention %s, %d layers, %d heads, %d channels, %lld parameters\n", o.preset.c_str(), o.attention.c_str(), c.layers, c.heads, c.channels,
-           (long long)run.trainer->parameters().size());
-    printf("memory: parameters %.1f MB, gradients and moments %.1f MB, activations %.1f MB\n", run.trainer->parameter_bytes() / 1e6,
-           run.trainer->gradient_bytes() / 1e6, run.trainer->activation_bytes() / 1e6);
     printf("data: %lld tokens to train on (%lld batches of %lld x %lld an epoch), %lld to validate on, %zu questions\n", (long long)run.train_data.num_tokens,
            (long long)run.loader->batches_per_epoch(), (long long)o.batch, (long long)o.seq, (long long)run.val_data.num_tokens, run.questions.size());
-    double bigram = o.val_every ? bigram_loss(run.train_data, run.val_data, c.vocab_size) : NAN;
+    double bigram = o.val_every ? bigram_loss(run.train_data, run.val_data, run.trainer->config.vocab_size) : NAN;
     if (!std::isnan(bigram)) printf("a bigram model's validation loss: %.4f\n", bigram);
     if (run.state.step) printf("resuming from step %lld\n", (long long)run.state.step);
     fflush(stdout);
@@ -218,11 +233,10 @@ inline void print_start(const TrainingRun& run) {
 // ----------------------------------------------------------------------------
 // Steps
 
-// One optimiser step: its batches, their mean loss, the update.
-inline StepRecord train_step(TrainingRun& run) {
+// Starts an optimiser step: its batches, the update. Loss and norm of its record are not known yet.
+inline StepRecord start_step(TrainingRun& run) {
     const Options& o = run.o;
     RunState& state = run.state;
-    auto start = std::chrono::steady_clock::now();
     StepRecord record;
     record.step = state.step + 1;
     int64_t accumulation = o.total_batch / (o.batch * o.seq);
@@ -235,21 +249,30 @@ inline StepRecord train_step(TrainingRun& run) {
         pass.seed = (uint64_t)o.seed;
         pass.step = (uint32_t)state.micro_steps++;
         run.loader->fill(state.batch_number++, batch);
-        record.loss += run.trainer->forward(batch, pass) / (double)accumulation;
-        run.trainer->backward();
+        run.trainer->train(batch, pass);
     }
     record.lr = learning_rate({o.schedule, o.lr, o.min_lr, o.warmup, o.steps}, record.step);
-    record.grad_norm = run.trainer->update({record.lr, o.beta1, o.beta2, o.eps, o.weight_decay, o.grad_clip, record.step});
+    run.trainer->end_step({record.lr, o.beta1, o.beta2, o.eps, o.weight_decay, o.grad_clip, record.step});
+    state.step = record.step;
+    state.tokens += o.total_batch;
+    record.tokens = state.tokens;
+    return record;
+}
+
+// Waits for a step's loss and norm. Its time is the time since the step before was finished, or since this one was started (`run.clock`).
+inline void finish_step(TrainingRun& run, StepRecord& record) {
+    StepResult result = run.trainer->step_result();
+    record.loss = result.loss;
+    record.grad_norm = result.grad_norm;
     if (!std::isfinite(record.loss) || !std::isfinite(record.grad_norm))
         throw Error(EXIT_DIVERGED, format("the run diverged at step %lld: loss %g, gradient norm %g; lower --lr or raise --warmup%s", (long long)record.step,
                                           std::fabs(record.loss), record.grad_norm,
                                           run.saved_step < 0 ? "" : format(" (step %lld is the last checkpoint)", (long long)run.saved_step).c_str()));
-    state.step = record.step;
-    state.tokens += o.total_batch;
-    record.tokens = state.tokens;
-    record.ms = std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now() - start).count();
-    record.tokens_per_s = (double)o.total_batch / record.ms * 1000;
-    return record;
+    auto now = std::chrono::steady_clock::now();
+    record.ms = std::chrono::duration<double, std::milli>(now - run.clock).count();
+    record.tokens_per_s = (double)run.o.total_batch / record.ms * 1000;
+    run.clock = now;
+    run.progress.step(record);
 }
 
 // Loss and recall, into the step's record. Without carried memory, whatever the training does: the windows are the same for every run.
@@ -294,21 +317,34 @@ inline void save(TrainingRun& run) {
     if (run.o.out.empty() || run.o.save_every == 0 || run.saved_step == run.state.step) return;
     run.log.sync();
     save_checkpoint(run.o.out, *run.trainer, run.state);
+    std::string plans = run.trainer->matmul_plans();
+    if (!plans.empty()) write_file(run.o.out + "/matmul_plans.txt", plans);
     run.saved_step = run.state.step;
 }
 
+// A trainer that works beside the host is given steps_ahead() more steps before the result of one is asked for; before anything that stands still for the
+// trainer anyway (validation, samples, checkpoints) all results are fetched.
 inline void training_loop(TrainingRun& run) {
     const Options& o = run.o;
     auto due = [&](int64_t every, int64_t step) { return every > 0 && (step % every == 0 || step == o.steps); };
+    std::deque<StepRecord> started;
     run.progress.start(run.state.step, o.steps);
-    while (run.state.step < o.steps && !stop_signal()) {
-        StepRecord record = train_step(run);
-        int64_t step = record.step;
-        run.progress.step(record);
-        if (due(o.val_every, step)) validate(run, record, step == o.steps);
-        run.log.step(record);
-        if (due(o.sample_every, step)) print_sample(run);
-        if (due(o.save_every, step)) save(run);
+    run.clock = std::chrono::steady_clock::now();
+    while ((run.state.step < o.steps && !stop_signal()) || !started.empty()) {
+        if (run.state.step < o.steps && !stop_signal()) started.push_back(start_step(run));
+        int64_t step = run.state.step;
+        bool validation = due(o.val_every, step), sample = due(o.sample_every, step), checkpoint = due(o.save_every, step);
+        bool all = validation || sample || checkpoint || step == o.steps || stop_signal();
+        while (!started.empty() && (all || (int)started.size() > run.trainer->steps_ahead())) {
+            StepRecord record = started.front();
+            started.pop_front();
+            finish_step(run, record);
+            if (validation && record.step == step) validate(run, record, step == o.steps);
+            run.log.step(record);
+        }
+        if (sample) print_sample(run);
+        if (checkpoint) save(run);
+        if (all) run.clock = std::chrono::steady_clock::now();
     }
     run.progress.end_line();
     save(run);
@@ -337,6 +373,12 @@ inline int train(const Options& typed) {
     TrainerOptions t;
     t.max_tokens = o.batch * o.seq;
     t.lanes = o.carry_memory ? (int)o.batch : 0;
+    t.dtype = o.dtype;
+    t.recompute = (int)o.recompute;
+    t.tune = o.tune;
+    t.plan_only = true;
+    print_plan(o, *make_trainer(model, t));
+    t.plan_only = false;
     run.trainer = make_trainer(model, t);
     load_state(run);
     prepare_directory(run);

@@ -19,6 +19,9 @@
 #include "config.h"
 #include "error.h"
 #include "schedule.h"
+#include "trainer.h"
+
+inline const char* executable_name() { return trainer_on_gpu() ? "train_gpt2cu" : "train_gpt2"; }
 
 // Everything that can be said on the command line. Values marked * are settled by resolve_options(): AUTOMATIC or empty until then.
 struct Options {
@@ -39,6 +42,9 @@ struct Options {
     std::string schedule = "cosine";
     double weight_decay = 0.1, grad_clip = 1, beta1 = 0.9, beta2 = 0.95, eps = 1e-8, dropout = 0;
     bool carry_memory = false, doc_mask = false, resume = false, overwrite = false;
+    std::string dtype = "bf16";
+    int64_t recompute = 0;
+    bool tune = false;
     int64_t val_every = 100, val_batches = 10, sample_every = 250, save_every = 250, seed = 1337, threads = 0;
 
     // a trained model
@@ -81,6 +87,7 @@ struct OptionSpec {
     const char* help;
     const char* initial = nullptr;          // what --help shows where the value is settled later
     std::vector<const char*> choices = {};  // of words; empty: any text
+    bool gpu = false;                       // only the GPU's trainer knows it
 };
 
 constexpr double MANY = 2147483647, EXACT = 9007199254740992;  // 2^31-1; 2^53, up to where JSON's numbers are exact
@@ -132,6 +139,18 @@ inline const std::vector<OptionSpec>& option_specs() {
         {"beta2", TRAIN, RUN, &O::beta2, 0, 0.999999, "AdamW's second moment"},
         {"eps", TRAIN, RUN, &O::eps, 1e-30, 1, "AdamW's epsilon"},
         {"dropout", TRAIN, RUN, &O::dropout, 0, 0.99, "of attention weights, embeddings and residual branches"},
+        {"dtype", TRAIN | EVAL | GENERATE | INFO, RUN, &O::dtype, 0, 0, "storage; sums and master weights are always float32", nullptr, {"bf16", "float32"}, true},
+        {"recompute",
+         TRAIN | INFO,
+         FREE,
+         &O::recompute,
+         0,
+         2,
+         "what backward computes again instead of keeping it: 0 nothing, 1 norms and GELU, 2 whole blocks",
+         nullptr,
+         {},
+         true},
+        {"tune", TRAIN, FREE, &O::tune, 0, 0, "time the algorithms for each matrix product at the start and keep the fastest", nullptr, {}, true},
         {"val-every", TRAIN, FREE, &O::val_every, 0, MANY, "steps between validations; 0: off"},
         {"val-batches", TRAIN, FREE, &O::val_batches, 1, MANY, "batches a validation, always the same ones"},
         {"sample-every", TRAIN, FREE, &O::sample_every, 0, MANY, "steps between samples of text; 0: off"},
@@ -300,7 +319,7 @@ inline std::string initial_text(const OptionSpec& s) {
 inline void declare_options(CLI::App& app, Command command, std::map<std::string, std::string>& texts, std::map<std::string, bool>& flags) {
     auto default_text = [](const std::string& initial) { return initial.empty() ? "" : " (default: " + initial + ")"; };
     for (const OptionSpec& s : option_specs()) {
-        if (!(s.commands & command)) continue;
+        if (!(s.commands & command) || (s.gpu && !trainer_on_gpu())) continue;
         std::string name = std::string("--") + s.name, help = s.help;
         for (size_t i = 0; i < s.choices.size(); i++) help += (i ? ", " : ": ") + std::string(s.choices[i]);
         CLI::Option* option;
@@ -338,13 +357,13 @@ inline void refuse_extras(const CLI::App& app, const std::string& command) {
     if (extras.empty()) return;
     bool option = extras[0][0] == '-';
     std::string known = command.empty() && !option ? "choose train, eval, generate or info"
-                                                   : "train_gpt2 " + command + (command.empty() ? "" : " ") + "--help lists what there is";
+                                                   : std::string(executable_name()) + " " + command + (command.empty() ? "" : " ") + "--help lists what there is";
     usage_error("unknown %s '%s': %s", option ? "option" : command.empty() ? "command" : "argument", extras[0].c_str(), known.c_str());
 }
 
 // False if only help was asked for, which has then been printed.
 inline bool parse_command_line(int argc, char** argv, Options& o) {
-    CLI::App app("Trains GPTs whose attention layers can be exchanged.", "train_gpt2");
+    CLI::App app("Trains GPTs whose attention layers can be exchanged.", executable_name());
     app.require_subcommand(0, 1)->allow_extras();
     std::map<std::string, std::map<std::string, std::string>> texts;
     std::map<std::string, std::map<std::string, bool>> flags;
@@ -361,7 +380,7 @@ inline bool parse_command_line(int argc, char** argv, Options& o) {
         usage_error("%s; --help lists what there is", line.c_str());
     }
     refuse_extras(app, "");
-    if (app.get_subcommands().empty()) usage_error("no command: give train, eval, generate or info; train_gpt2 COMMAND --help lists its options");
+    if (app.get_subcommands().empty()) usage_error("no command: give train, eval, generate or info; %s COMMAND --help lists its options", executable_name());
     const CLI::App& chosen = *app.get_subcommands()[0];
     o.command = chosen.get_name();
     refuse_extras(chosen, o.command);

@@ -37,6 +37,7 @@ static LoadedModel load_trained(const Options& o, int64_t min_tokens) {
     if (m.state.seq > config.max_seq) data_error("'%s': seq is longer than the model's longest sequence; take another checkpoint", path.c_str());
     TrainerOptions t;
     t.training = false;
+    t.dtype = o.dtype;
     t.max_tokens = std::max<int64_t>(min_tokens, config.max_seq);
     m.trainer = make_trainer(config, t);
     load_model(directory, *m.trainer);

@@ -1,4 +1,4 @@
-// The directory of a run (--out): config.json, log.jsonl and a directory a checkpoint. Nothing in it is overwritten unasked, and nothing but these is
+// The directory of a run (--out): config.json, log.jsonl, on a GPU matmul_plans.txt, and a directory a checkpoint. Nothing in it is overwritten unasked, and nothing but these is
 // ever removed from it.
 #pragma once
 
@@ -42,7 +42,9 @@ inline void write_run_config(const std::string& directory, const Options& o, con
     nlohmann::ordered_json options;
     for (const OptionSpec& s : option_specs()) {
         std::string name = s.name;
-        if ((s.commands & TRAIN) && name != "out" && name != "resume" && name != "overwrite") options[name] = option_json(o, s);
+        // The CPU's trainer has nothing to say about the GPU's options, but does not forget those of a run that it goes on with.
+        bool idle = s.gpu && !trainer_on_gpu() && option_json(o, s) == option_json(Options(), s);
+        if ((s.commands & TRAIN) && name != "out" && name != "resume" && name != "overwrite" && !idle) options[name] = option_json(o, s);
     }
     nlohmann::ordered_json j = {
         {"program", program_name}, {"version", 1}, {"model", model_json(model)}, {"options", options}, {"attention_options", o.attention_options}};
@@ -98,6 +100,6 @@ class RunDirectory {
             bool temporary = name.size() > 4 && name.compare(name.size() - 4, 4, ".tmp") == 0;
             if (step_of_name(temporary ? name.substr(0, name.size() - 4) : name) >= 0) remove_checkpoint(path + "/" + name);
         }
-        unlink((path + "/log.jsonl").c_str());
+        for (const char* name : {"/log.jsonl", "/matmul_plans.txt"}) unlink((path + name).c_str());
     }
 };

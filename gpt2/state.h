@@ -1,6 +1,7 @@
 // Decode states of many sequences: what AttentionState (attention.h) points into. One pool serves all layers of the network: a page holds the rows of
 // page_size tokens in every layer, so one page table a sequence is enough; next to its pages a sequence has one block of constant size (memories).
 // Forked sequences share their full pages (counted references) and own a copy of the last, partly filled one.
+// T is the type of the rows in pages, F that of the blocks; Memory says where they stand: HostMemory here, DeviceMemory on a GPU.
 #pragma once
 
 #include <cassert>
@@ -10,19 +11,32 @@
 
 #include "config.h"
 
-template <class T>
+struct HostMemory {
+    static void* allocate(size_t bytes) { return ::operator new(bytes); }
+    static void release(void* p) { ::operator delete(p); }
+    static void copy(void* to, const void* from, size_t bytes) { memcpy(to, from, bytes); }
+    static void zero(void* p, size_t bytes) { memset(p, 0, bytes); }
+};
+
+template <class T, class F = T, class Memory = HostMemory>
 struct StatePool {
+    struct Release {
+        void operator()(void* p) const { Memory::release(p); }
+    };
+    template <class N>
+    using Block = std::unique_ptr<N, Release>;
+
     struct Sequence {
         bool used = false;
         int64_t length = 0;
         std::vector<int> pages;
-        std::vector<T> fixed;
+        Block<F> fixed;
     };
     int page_size;
     std::vector<int64_t> page_offset, fixed_offset;  // of each network layer, in numbers
     std::vector<int64_t> per_token;
     int64_t page_numbers = 0, fixed_numbers = 0;
-    std::vector<std::unique_ptr<T[]>> pages;
+    std::vector<Block<T>> pages;
     std::vector<int> references, free_pages;
     std::vector<Sequence> sequences;
 
@@ -40,7 +54,8 @@ struct StatePool {
         while (s < (int)sequences.size() && sequences[s].used) s++;
         if (s == (int)sequences.size()) sequences.emplace_back();
         sequences[s].used = true;
-        sequences[s].fixed.assign(fixed_numbers, T(0));
+        sequences[s].fixed.reset((F*)Memory::allocate(fixed_numbers * sizeof(F)));
+        Memory::zero(sequences[s].fixed.get(), fixed_numbers * sizeof(F));
         return s;
     }
     // Pages for n more tokens.
@@ -51,7 +66,7 @@ struct StatePool {
     int fork(int from) {
         int s = create();
         sequences[s].length = sequences[from].length;
-        sequences[s].fixed = sequences[from].fixed;
+        Memory::copy(sequences[s].fixed.get(), sequences[from].fixed.get(), fixed_numbers * sizeof(F));
         int64_t full = sequences[from].length / page_size;
         for (int64_t i = 0; i < full; i++) {
             sequences[s].pages.push_back(sequences[from].pages[i]);
@@ -59,7 +74,7 @@ struct StatePool {
         }
         if (sequences[from].length % page_size) {
             int copy = take_page();
-            memcpy(pages[copy].get(), pages[sequences[from].pages[full]].get(), page_numbers * sizeof(T));
+            Memory::copy(pages[copy].get(), pages[sequences[from].pages[full]].get(), page_numbers * sizeof(T));
             sequences[s].pages.push_back(copy);
         }
         return s;
@@ -71,15 +86,15 @@ struct StatePool {
     }
     // What living sequences hold; a shared page counts once.
     size_t bytes() const {
-        size_t n = (pages.size() - free_pages.size()) * page_numbers;
-        for (const Sequence& q : sequences) n += q.fixed.size();
-        return n * sizeof(T);
+        size_t n = (pages.size() - free_pages.size()) * page_numbers * sizeof(T);
+        for (const Sequence& q : sequences) n += q.used ? fixed_numbers * sizeof(F) : 0;
+        return n;
     }
 
  private:
     int take_page() {
         if (free_pages.empty()) {
-            pages.emplace_back(new T[page_numbers]);
+            pages.emplace_back((T*)Memory::allocate(page_numbers * sizeof(T)));
             references.push_back(0);
             free_pages.push_back((int)pages.size() - 1);
         }

@@ -39,10 +39,18 @@ struct AdamW {
 
 enum class Section { PARAMETERS, GRADIENTS, MOMENT1, MOMENT2 };  // all have the shapes of the parameter list
 
+// What a training step came to.
+struct StepResult {
+    double loss, grad_norm;  // mean over its micro-batches, nats; before clipping
+};
+
 struct TrainerOptions {
     int64_t max_tokens = 0;  // tokens of the largest batch
     bool training = true;    // room for gradients, moments and saved activations
     int lanes = 0;           // carried memories
+    std::string dtype;       // GPU: bf16 or float32; empty: bf16
+    int recompute = 0;       // GPU: 0 keeps all activations, 1 computes norms and GELU again in backward, 2 whole blocks
+    bool tune = false;       // GPU: time several algorithms for each matrix product and keep the fastest
     bool plan_only = false;  // allocate nothing: only config, parameters() without data and the three ..._bytes() may be asked (`info` of a large model)
 };
 
@@ -57,6 +65,23 @@ struct Trainer {
     virtual double forward(const Batch& batch, const Pass& pass, float* losses = nullptr, float* logits = nullptr) = 0;
     virtual void backward() = 0;                // after a training forward: adds grad_scale * gradient to the gradients
     virtual double update(const AdamW& h) = 0;  // returns the norm before clipping, and sets the gradients to zero; changes nothing unless it is finite
+
+    // Training without waiting for results: a step is one train() a micro-batch, then end_step(). step_result() waits for the oldest step not yet asked
+    // for. A trainer that works beside the host (a GPU) wants steps_ahead() more steps to be started before that.
+    virtual void train(const Batch& batch, const Pass& pass) {
+        step_loss += forward(batch, pass) * pass.grad_scale;
+        backward();
+    }
+    virtual void end_step(const AdamW& h) {
+        results.push_back({step_loss, update(h)});
+        step_loss = 0;
+    }
+    virtual StepResult step_result() {
+        StepResult r = results.front();
+        results.erase(results.begin());
+        return r;
+    }
+    virtual int steps_ahead() const { return 0; }
 
     // Appends new tokens to sequences that are being decoded: `batch.cu_seqlens` packs q_len >= 0 tokens for each of `sequences`; writes the
     // logits of each sequence's last new token, (num_seqs, vocab_size).
@@ -77,7 +102,17 @@ struct Trainer {
     virtual size_t parameter_bytes() = 0;
     virtual size_t gradient_bytes() = 0;  // with the optimiser's moments
     virtual size_t activation_bytes() = 0;
+    virtual double peak_flops() { return 0; }  // a second, of the device's matrix units at their highest clock; 0: unknown
+
+    // Which algorithms the matrix products use, as text: another trainer that is given it computes the same bits. Empty: there is nothing to choose.
+    virtual std::string matmul_plans() { return ""; }
+    virtual void set_matmul_plans(const std::string&) {}
+
+ private:
+    double step_loss = 0;
+    std::vector<StepResult> results;
 };
 
-// Defined by each trainer. Throws Error if the model cannot be had.
+// Defined by each trainer. make_trainer throws Error if the model cannot be had.
+bool trainer_on_gpu();
 std::unique_ptr<Trainer> make_trainer(const ModelConfig& config, const TrainerOptions& options);

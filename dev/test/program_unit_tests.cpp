@@ -19,6 +19,8 @@
 #include "gpt2/sampler.h"
 #include "gpt2/schedule.h"
 
+bool trainer_on_gpu() { return false; }  // which trainer the options are for
+
 // ----------------------------------------------------------------------------
 // Schedules
 

@@ -1,0 +1,334 @@
+// The GPU's trainer against the CPU's: random models of every attention layer, many steps, run-to-run identity, recomputation, decoding in any chunking.
+//
+//     build/cuda/gpu_tests            all            build/cuda/gpu_tests 17      the random model number 17 alone
+//
+// Both trainers stand in this program: train_gpt2.cpp is included, train_gpt2.cu linked. test_gpt2cu holds the comparison with PyTorch.
+#define GPT2_NO_MAIN
+#define make_trainer make_cpu_trainer
+#define trainer_on_gpu trainer_on_cpu
+#include "train_gpt2.cpp"
+#undef make_trainer
+#undef trainer_on_gpu
+std::unique_ptr<Trainer> make_trainer(const ModelConfig& config, const TrainerOptions& options);
+
+using Numbers = std::vector<float>;
+
+static int passed = 0, failed = 0;
+
+static void row(const std::string& name, const std::string& figures, bool ok) {
+    if (!ok) printf("FAIL  %-60s %s\n", name.c_str(), figures.c_str());
+    ok ? passed++ : failed++;
+}
+
+static double norm(const Numbers& x) {
+    double sum = 0;
+    for (float v : x) sum += (double)v * v;
+    return std::sqrt(sum);
+}
+static double distance(const Numbers& a, const Numbers& b) {
+    double sum = 0;
+    for (size_t i = 0; i < b.size(); i++) sum += ((double)a[i] - b[i]) * ((double)a[i] - b[i]);
+    return a.size() == b.size() ? std::sqrt(sum) : NAN;
+}
+static void close(const std::string& name, const Numbers& out, const Numbers& ref, double relative, double absolute) {
+    double d = distance(out, ref), n = norm(ref);
+    row(name, format("‖Δ‖ %.2e, ‖ref‖ %.2e, allowed %.2e", d, n, relative * n + absolute), d <= relative * n + absolute);
+}
+static void same(const std::string& name, const Numbers& a, const Numbers& b) {
+    bool ok = a.size() == b.size() && memcmp(a.data(), b.data(), a.size() * sizeof(float)) == 0 && !std::isnan(norm(a));
+    row(name, format("‖Δ‖ %.2e", distance(a, b)), ok);
+}
+
+// A stream of random decisions.
+struct Dice {
+    uint64_t seed;
+    uint32_t count = 0;
+    int operator()(int from, int to) { return from + (int)(philox(seed, count++, 0, 0, 0x44494345).word[0] % (uint32_t)(to - from + 1)); }
+    template <class T>
+    T one_of(std::initializer_list<T> list) {
+        return list.begin()[(*this)(0, (int)list.size() - 1)];
+    }
+};
+
+struct Model {
+    ModelConfig config;
+    std::string text;
+};
+
+static Model make_model(int V, int max_seq, int layers, int heads, int channels, const std::string& attention, const std::string& positions) {
+    Model m;
+    m.config.set_vocab(V);
+    m.config.max_seq = max_seq;
+    m.config.layers = layers;
+    m.config.heads = heads;
+    m.config.channels = channels;
+    parse_attention(m.config, attention, {}, positions);
+    m.text = format("%s, %d x %d channels, %d heads", attention.c_str(), layers, channels, heads);
+    return m;
+}
+
+static Model random_model(Dice& dice, int max_seq) {
+    int hs = dice.one_of({4, 10, 16, 20, 32, 64, 64, 80, 96, 128}), heads = dice.one_of({1, 2, 3, 4}), layers = dice(1, 2);
+    std::string attention = dice.one_of({"causal", "infini", "lightning", "mla"}), pattern = attention;
+    int kv_heads = heads % 2 == 0 && dice(0, 1) ? heads / 2 : heads;
+    if (attention == "causal") pattern += format(":kv-heads=%d:window=%d", kv_heads, dice.one_of({0, 0, 1, 5, 40}));
+    if (attention == "infini")
+        pattern += format(":kv-heads=%d:segment=%d:memory-update=%s:memory-init=%s:first-segment=%s", kv_heads, dice.one_of({1, 3, 16, 64, 100}),
+                          dice.one_of({"linear", "delta"}), dice.one_of({"one", "zero"}), dice.one_of({"pass", "gated"}));
+    if (attention == "lightning") pattern += format(":decay=%s:scheme=%s", dice.one_of({"minimax", "fla", "none"}), dice.one_of({"auto", "sequential", "parallel"}));
+    if (attention == "mla")
+        pattern += format(":q-lora-rank=%d:kv-lora-rank=%d:qk-nope-dim=%d:qk-rope-dim=%d:v-dim=%d", dice.one_of({0, 0, 24}), dice.one_of({8, 40, 64}),
+                          dice.one_of({8, 64, 20}), dice.one_of({0, 6, 32}), dice.one_of({8, 64, 24}));
+    std::string positions = dice.one_of({"", "rope", "none", "learned"});
+    if (positions == "rope" && hs % 2) positions = "none";
+    return make_model(dice.one_of({29, 257}), max_seq, layers, heads, heads * hs, pattern, positions);
+}
+
+static Batch random_batch(Dice& dice, const ModelConfig& c, int max_len) {
+    Batch b;
+    b.cu_seqlens = {0};
+    int sequences = dice(1, 5);
+    for (int s = 0; s < sequences; s++) {
+        int n = s == 1 ? 0 : dice.one_of({1, 2, 63, 64, 65, 100, max_len});
+        for (int i = 0; i < std::min(n, max_len); i++) {
+            b.tokens.push_back(dice(0, c.vocab_size - 1));
+            b.targets.push_back(dice(0, 9) ? dice(0, c.vocab_size - 1) : -1);
+        }
+        b.cu_seqlens.push_back((int)b.tokens.size());
+    }
+    b.targets[0] = 0;  // at least one
+    b.first_row = dice(0, 1000);
+    return b;
+}
+
+// Larger than the usual initial values: so that attention is not flat.
+static void set_parameters(Trainer& to, uint64_t seed) {
+    const std::vector<TensorSpec>& specs = to.parameters().specs;
+    for (size_t i = 0; i < specs.size(); i++) {
+        Numbers p(specs[i].size());
+        double fan = specs[i].shape.size() == 2 ? 1 / std::sqrt((double)specs[i].shape[1]) : 0.3;
+        for (size_t k = 0; k < p.size(); k += 2) {
+            Philox r = philox(seed, (uint32_t)k, (uint32_t)i, 0, 0x50415241);
+            double a, b;
+            philox_normal(r.word[0], r.word[1], &a, &b);
+            p[k] = (float)(specs[i].init_value + fan * a);
+            if (k + 1 < p.size()) p[k + 1] = (float)(specs[i].init_value + fan * b);
+        }
+        to.set(Section::PARAMETERS, (int)i, p.data());
+    }
+}
+static std::vector<Numbers> section_of(Trainer& t, Section s) {
+    std::vector<Numbers> all;
+    for (size_t i = 0; i < t.parameters().specs.size(); i++) {
+        all.emplace_back(t.parameters().specs[i].size());
+        t.get(s, (int)i, all.back().data());
+    }
+    return all;
+}
+static double norm_of_all(const std::vector<Numbers>& tensors) {
+    double sum = 0;
+    for (const Numbers& t : tensors) sum += norm(t) * norm(t);
+    return std::sqrt(sum);
+}
+
+static TrainerOptions options_for(int64_t tokens, const std::string& dtype, int recompute = 0) {
+    TrainerOptions o;
+    o.max_tokens = tokens;
+    o.dtype = dtype;
+    o.recompute = recompute;
+    return o;
+}
+static Pass training_pass(double dropout, int step) {
+    Pass p;
+    p.training = true;
+    p.dropout = dropout;
+    p.seed = 99;
+    p.step = (uint32_t)step;
+    return p;
+}
+constexpr AdamW adamw_options = {1e-3, 0.9, 0.95, 1e-8, 0.1, 1.0, 1};
+
+// Loss, logits and all gradients of one random model and batch.
+static void test_random_model(int number, const std::string& dtype) {
+    Dice dice = {(uint64_t)number};
+    Model m = random_model(dice, 200);
+    Batch b = random_batch(dice, m.config, 200);
+    Pass pass = training_pass(dice(0, 2) ? 0 : 0.2, 3);
+    bool exact = dtype == "float32";
+    std::string name = format("%d %s: %s, %zu tokens, dropout %g: ", number, dtype.c_str(), m.text.c_str(), b.tokens.size(), pass.dropout);
+    std::unique_ptr<Trainer> cpu = make_cpu_trainer(m.config, options_for((int64_t)b.tokens.size(), "")),
+                             gpu = make_trainer(m.config, options_for((int64_t)b.tokens.size(), dtype));
+    set_parameters(*cpu, number);
+    set_parameters(*gpu, number);
+    size_t n = b.tokens.size() * m.config.vocab_size;
+    Numbers logits(n), logits_ref(n), losses(b.tokens.size()), losses_ref(b.tokens.size());
+    double loss_ref = cpu->forward(b, pass, losses_ref.data(), logits_ref.data()), loss = gpu->forward(b, pass, losses.data(), logits.data());
+    cpu->backward();
+    gpu->backward();
+    row(name + "loss", format("%.6f, reference %.6f", loss, loss_ref), std::fabs(loss - loss_ref) <= (exact ? 1e-4 : 2e-2) * std::fabs(loss_ref));
+    close(name + "losses", losses, losses_ref, exact ? 1e-4 : 3e-2, 1e-4);
+    close(name + "logits", logits, logits_ref, exact ? 1e-4 : 3e-2, 0);
+    std::vector<Numbers> refs = section_of(*cpu, Section::GRADIENTS), grads = section_of(*gpu, Section::GRADIENTS);
+    double all = norm_of_all(refs);
+    for (size_t i = 0; i < refs.size(); i++)
+        close(name + "d " + cpu->parameters().specs[i].name, grads[i], refs[i], exact ? 2e-4 : 6e-2, (exact ? 2e-6 : 3e-3) * all);
+
+    // The same logits in chunks of random lengths.
+    if (pass.dropout > 0) return;
+    int S = b.num_seqs();
+    int64_t V = m.config.vocab_size;
+    std::vector<int> sequences, done(S, 0);
+    for (int s = 0; s < S; s++) sequences.push_back(gpu->new_sequence());
+    double worst = 0;
+    for (bool more = true; more;) {
+        more = false;
+        Batch chunk;
+        chunk.cu_seqlens = {0};
+        for (int s = 0; s < S; s++) {
+            int left = b.cu_seqlens[s + 1] - b.cu_seqlens[s] - done[s], q = std::min(left, dice.one_of({0, 1, 1, 3, 17, 70}));
+            for (int i = 0; i < q; i++) chunk.tokens.push_back(b.tokens[b.cu_seqlens[s] + done[s] + i]);
+            done[s] += q;
+            more = more || left > q;
+            chunk.cu_seqlens.push_back((int)chunk.tokens.size());
+        }
+        if (chunk.tokens.empty()) continue;
+        Numbers last(S * V, NAN);
+        gpu->extend(chunk, sequences, last.data());
+        for (int s = 0; s < S; s++) {
+            if (chunk.cu_seqlens[s + 1] == chunk.cu_seqlens[s]) continue;
+            const float* ref = &logits_ref[(b.cu_seqlens[s] + done[s] - 1) * V];
+            Numbers out(last.begin() + s * V, last.begin() + (s + 1) * V), wanted(ref, ref + V);
+            double d = distance(out, wanted) / norm(wanted);
+            if (!(d <= worst)) worst = d;
+        }
+        if (dice(0, 3) == 0) {  // go on with copies
+            int s = dice(0, S - 1), copy = gpu->fork_sequence(sequences[s]);
+            gpu->free_sequence(sequences[s]);
+            sequences[s] = copy;
+        }
+    }
+    for (int s : sequences) gpu->free_sequence(s);
+    row(name + "logits in chunks", format("worst row %.2e", worst), worst <= (exact ? 2e-4 : 6e-2));
+}
+
+static Batch dense_batch(Dice& dice, const ModelConfig& c, int B, int T) {
+    Batch b;
+    b.cu_seqlens = {0};
+    for (int s = 0; s < B; s++) {
+        for (int t = 0; t < T; t++) b.tokens.push_back(dice(0, c.vocab_size - 1)), b.targets.push_back(dice(0, c.vocab_size - 1));
+        b.cu_seqlens.push_back((int)b.tokens.size());
+    }
+    return b;
+}
+
+static std::vector<Model> four_models() {
+    std::vector<Model> list;
+    for (const char* attention : {"causal", "infini:segment=32", "infini:segment=32:memory-update=delta", "lightning", "mla", "lightning,causal:window=20"})
+        list.push_back(make_model(257, 128, 2, 2, 128, attention, ""));
+    return list;
+}
+
+// Twenty optimiser steps with accumulation, from the same parameters: the losses stay together in float32.
+static void test_steps() {
+    for (const Model& m : four_models()) {
+        Dice dice = {7};
+        int64_t N = 2 * 100;
+        std::unique_ptr<Trainer> cpu = make_cpu_trainer(m.config, options_for(N, "")), gpu = make_trainer(m.config, options_for(N, "float32"));
+        cpu->initialise(5);
+        gpu->initialise(5);
+        double worst = 0;
+        for (int step = 1; step <= 20; step++) {
+            AdamW h = adamw_options;
+            h.step = step;
+            for (int micro = 0; micro < 2; micro++) {
+                Batch b = dense_batch(dice, m.config, 2, 100);
+                Pass p = training_pass(0.1, 2 * step + micro);
+                p.grad_scale = 0.5;
+                cpu->train(b, p);
+                gpu->train(b, p);
+            }
+            cpu->end_step(h);
+            gpu->end_step(h);
+            StepResult a = cpu->step_result(), g = gpu->step_result();
+            double d = std::max(std::fabs(a.loss - g.loss) / a.loss, std::fabs(a.grad_norm - g.grad_norm) / a.grad_norm / 10);
+            if (!(d <= worst)) worst = d;
+        }
+        row("20 steps, CPU and GPU: " + m.text, format("worst %.2e", worst), worst <= 1e-4);
+    }
+}
+
+// The parameters after some steps as one row of numbers. `eager`: without graphs.
+static Numbers train_some(const Model& m, const std::string& dtype, int recompute, bool eager) {
+    Dice dice = {8};
+    std::unique_ptr<Trainer> gpu = make_trainer(m.config, options_for(3 * 100, dtype, recompute));
+    gpu->initialise(6);
+    Numbers losses;
+    for (int step = 1; step <= 4; step++) {
+        Batch b = dense_batch(dice, m.config, 3, 100);
+        Pass p = training_pass(0.1, step);
+        if (eager) {
+            gpu->forward(b, p);
+            gpu->backward();
+        } else {
+            gpu->train(b, p);
+        }
+        AdamW h = adamw_options;
+        h.step = step;
+        gpu->end_step(h);
+    }
+    for (int step = 1; step <= 4; step++) {
+        StepResult r = gpu->step_result();
+        losses.push_back((float)r.loss);
+        losses.push_back((float)r.grad_norm);
+    }
+    for (const Numbers& t : section_of(*gpu, Section::PARAMETERS)) losses.insert(losses.end(), t.begin(), t.end());
+    return losses;
+}
+static void test_identity() {
+    for (const Model& m : four_models())
+        for (const char* dtype : {"float32", "bf16"}) {
+            Numbers first = train_some(m, dtype, 0, false);
+            same(format("the same bits again, %s: ", dtype) + m.text, train_some(m, dtype, 0, false), first);
+            same(format("the same bits without graphs, %s: ", dtype) + m.text, train_some(m, dtype, 0, true), first);
+            same(format("the same bits with --recompute 1, %s: ", dtype) + m.text, train_some(m, dtype, 1, false), first);
+            same(format("the same bits with --recompute 2, %s: ", dtype) + m.text, train_some(m, dtype, 2, false), first);
+        }
+}
+
+// A step whose gradients are not finite changes nothing.
+static void test_divergence() {
+    Model m = make_model(257, 64, 1, 2, 64, "causal", "");
+    Dice dice = {9};
+    for (const char* dtype : {"float32", "bf16"}) {
+        std::unique_ptr<Trainer> gpu = make_trainer(m.config, options_for(64, dtype));
+        gpu->initialise(6);
+        std::vector<Numbers> before = section_of(*gpu, Section::PARAMETERS);
+        Numbers poison = before[3];
+        poison[0] = NAN;
+        gpu->set(Section::GRADIENTS, 3, poison.data());
+        gpu->train(dense_batch(dice, m.config, 1, 64), training_pass(0, 1));
+        double n = gpu->update(adamw_options);
+        row(format("a NaN among the gradients, %s: the norm says so", dtype), format("norm %g", n), !std::isfinite(n));
+        std::vector<Numbers> after = section_of(*gpu, Section::PARAMETERS);
+        for (size_t i = 0; i < before.size(); i++) same(format("and nothing changes, %s: ", dtype) + gpu->parameters().specs[i].name, after[i], before[i]);
+    }
+}
+
+int main(int argc, char** argv) {
+    try {
+        if (argc > 1) {
+            for (const char* dtype : {"float32", "bf16"}) test_random_model(atoi(argv[1]), dtype);
+        } else {
+            for (int number = 0; number < 150; number++)
+                for (const char* dtype : {"float32", "bf16"}) test_random_model(number, dtype);
+            test_steps();
+            test_identity();
+            test_divergence();
+        }
+    } catch (const std::exception& e) {
+        printf("FAIL  %s\n", e.what());
+        failed++;
+    }
+    printf("%d passed, %d failed\n", passed, failed);
+    return failed ? 1 : 0;
+}

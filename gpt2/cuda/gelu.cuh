@@ -1,0 +1,130 @@
+// GELU (Hendrycks and Gimpel, arXiv 1606.08415) in its tanh form, as GPT-2 has it, and SiLU.
+//
+//     GELU   u = √(2/π)(x + 0.044715x³)    y = x/2·(1 + tanh u) = xσ    σ = sigmoid(2u)    dx = dy·(σ + xσ(1−σ)·2u')    2u' = √(8/π)(1 + 0.134145x²)
+//     SiLU   y = xσ,  σ = sigmoid(x)                                                       dx = dy·σ(1 + x(1−σ))
+//
+// The sigmoid is one exponential and one reciprocal of the special function unit, each good to about 1e-7: two a number, as many as tanh would take.
+// Earlier versions and times: dev/cuda/gelu.cu.
+#pragma once
+
+#include "common.cuh"
+
+namespace gpu {
+
+// An overflow of the exponential is harmless: 1/(1 + ∞) = 0.
+__device__ inline float sigmoid(float x) { return __fdividef(1.f, 1.f + __expf(-x)); }
+__device__ inline float silu(float x) { return x * sigmoid(x); }
+__device__ inline float silu_gradient(float x) {
+    float s = sigmoid(x);
+    return s * (1 + x * (1 - s));
+}
+__device__ inline float gelu_sigmoid(float x) { return sigmoid(1.5957691216057308f * (x + 0.044715f * x * x * x)); }
+__device__ inline float gelu(float x) { return x * gelu_sigmoid(x); }
+__device__ inline float gelu_gradient(float x) {
+    float s = gelu_sigmoid(x), du = 1.5957691216057308f * (1 + 0.134145f * x * x);
+    return s + x * s * (1 - s) * du;
+}
+
+constexpr int GELU_THREADS = 256;
+
+// n numbers. Thread i has the i-th 16 bytes; those behind the last pack have one number each.
+__global__ void __launch_bounds__(GELU_THREADS) gelu_forward_kernel3(floatX* y, const floatX* x, int64_t packs, int64_t n) {
+    constexpr int size = Packed<floatX>::size;
+    int64_t i = (int64_t)blockIdx.x * GELU_THREADS + threadIdx.x;
+    if (i < packs) {
+        Packed<floatX> in = load_packed(x + i * size), out;
+#pragma unroll
+        for (int k = 0; k < size; k++) out.set(k, gelu(in[k]));
+        store_packed(y + i * size, out);
+        return;
+    }
+    i += packs * (size - 1);
+    if (i < n) y[i] = from_float<floatX>(gelu(to_float(x[i])));
+}
+__global__ void __launch_bounds__(GELU_THREADS) gelu_backward_kernel3(floatX* dx, const floatX* dy, const floatX* x, int64_t packs, int64_t n) {
+    constexpr int size = Packed<floatX>::size;
+    int64_t i = (int64_t)blockIdx.x * GELU_THREADS + threadIdx.x;
+    if (i < packs) {
+        Packed<floatX> in = load_packed(x + i * size), gradient = load_packed(dy + i * size);
+#pragma unroll
+        for (int k = 0; k < size; k++) gradient.set(k, gradient[k] * gelu_gradient(in[k]));
+        store_packed(dx + i * size, gradient);
+        return;
+    }
+    i += packs * (size - 1);
+    if (i < n) dx[i] = from_float<floatX>(to_float(dy[i]) * gelu_gradient(to_float(x[i])));
+}
+
+// y = GELU(x), n numbers; y may be x.
+inline void gelu_forward(cudaStream_t stream, floatX* y, const floatX* x, int64_t n) {
+    constexpr int size = Packed<floatX>::size;
+    if (n == 0) return;
+    int64_t packs = aligned16(y) && aligned16(x) ? n / size : 0, workers = n - packs * (size - 1);
+    gelu_forward_kernel3<<<(unsigned)ceil_div(workers, GELU_THREADS), GELU_THREADS, 0, stream>>>(y, x, packs, n);
+    LAUNCH_CHECK();
+}
+// dx = dy⊙GELU'(x), n numbers; dx may be dy.
+inline void gelu_backward(cudaStream_t stream, floatX* dx, const floatX* dy, const floatX* x, int64_t n) {
+    constexpr int size = Packed<floatX>::size;
+    if (n == 0) return;
+    int64_t packs = aligned16(dx) && aligned16(dy) && aligned16(x) ? n / size : 0, workers = n - packs * (size - 1);
+    gelu_backward_kernel3<<<(unsigned)ceil_div(workers, GELU_THREADS), GELU_THREADS, 0, stream>>>(dx, dy, x, packs, n);
+    LAUNCH_CHECK();
+}
+
+// SiLU over (N,C) with rows strides apart: one warp a row. The first `vector_C` channels go 16 bytes at a time; 0 if the rows are not aligned.
+__global__ void __launch_bounds__(GELU_THREADS) silu_forward_kernel3(floatX* y, int64_t y_stride, const floatX* x, int64_t x_stride, int64_t N, int vector_C,
+                                                                     int C) {
+    constexpr int size = Packed<floatX>::size;
+    int64_t n = (int64_t)blockIdx.x * (GELU_THREADS / 32) + threadIdx.x / 32;
+    if (n >= N) return;
+    int lane = threadIdx.x % 32;
+    y += n * y_stride;
+    x += n * x_stride;
+    for (int c = lane * size; c < vector_C; c += 32 * size) {
+        Packed<floatX> in = load_packed(x + c), out;
+#pragma unroll
+        for (int k = 0; k < size; k++) out.set(k, silu(in[k]));
+        store_packed(y + c, out);
+    }
+    for (int c = vector_C + lane; c < C; c += 32) y[c] = from_float<floatX>(silu(to_float(x[c])));
+}
+__global__ void __launch_bounds__(GELU_THREADS) silu_backward_kernel3(floatX* dx, int64_t dx_stride, const floatX* dy, int64_t dy_stride, const floatX* x,
+                                                                      int64_t x_stride, int64_t N, int vector_C, int C) {
+    constexpr int size = Packed<floatX>::size;
+    int64_t n = (int64_t)blockIdx.x * (GELU_THREADS / 32) + threadIdx.x / 32;
+    if (n >= N) return;
+    int lane = threadIdx.x % 32;
+    dx += n * dx_stride;
+    dy += n * dy_stride;
+    x += n * x_stride;
+    for (int c = lane * size; c < vector_C; c += 32 * size) {
+        Packed<floatX> in = load_packed(x + c), gradient = load_packed(dy + c);
+#pragma unroll
+        for (int k = 0; k < size; k++) gradient.set(k, gradient[k] * silu_gradient(in[k]));
+        store_packed(dx + c, gradient);
+    }
+    for (int c = vector_C + lane; c < C; c += 32) dx[c] = from_float<floatX>(to_float(dy[c]) * silu_gradient(to_float(x[c])));
+}
+
+// y = SiLU(x); y, x (N,C) with rows y_stride, x_stride apart; y may be x.
+inline void silu_forward(cudaStream_t stream, floatX* y, int64_t y_stride, const floatX* x, int64_t x_stride, int64_t N, int64_t C) {
+    constexpr int size = Packed<floatX>::size;
+    if (N * C == 0) return;
+    bool aligned = aligned16(y) && aligned16(x) && (y_stride | x_stride) % size == 0;
+    silu_forward_kernel3<<<(unsigned)ceil_div(N, GELU_THREADS / 32), GELU_THREADS, 0, stream>>>(y, y_stride, x, x_stride, N,
+                                                                                              aligned ? (int)(C / size * size) : 0, (int)C);
+    LAUNCH_CHECK();
+}
+// dx = dy⊙SiLU'(x), all (N,C); dx may be dy.
+inline void silu_backward(cudaStream_t stream, floatX* dx, int64_t dx_stride, const floatX* dy, int64_t dy_stride, const floatX* x, int64_t x_stride, int64_t N,
+                          int64_t C) {
+    constexpr int size = Packed<floatX>::size;
+    if (N * C == 0) return;
+    bool aligned = aligned16(dx) && aligned16(dy) && aligned16(x) && (dx_stride | dy_stride | x_stride) % size == 0;
+    silu_backward_kernel3<<<(unsigned)ceil_div(N, GELU_THREADS / 32), GELU_THREADS, 0, stream>>>(dx, dx_stride, dy, dy_stride, x, x_stride, N,
+                                                                                               aligned ? (int)(C / size * size) : 0, (int)C);
+    LAUNCH_CHECK();
+}
+
+}  // namespace gpu

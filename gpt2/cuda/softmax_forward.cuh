@@ -1,0 +1,595 @@
+// The softmax core, forward: the twin of cpu::softmax_forward (attention.h) for packed rows; keys and values in pages are decode.cuh's.
+//
+//     s_ij = scale·q_i·k_j   for the keys j that query i sees      p_ij = exp(s_ij − lse_i),  lse_i = ln Σ_j exp(s_ij)      o_i = Σ_j z_ij·p_ij·v_j
+//
+// as FlashAttention-2 (Dao, arXiv 2307.08691) does it: a block owns a tile of queries and walks over the tiles of keys that they see; nothing of size T² is
+// stored. Each row keeps its largest score so far m, the sum l and the weighted sum of values O, and with each tile of scores s = q·k
+//
+//     m' = max(m, max_j s_j)      p_j = exp(scale·(s_j − m'))      l' = l·exp(scale·(m − m')) + Σ_j p_j      O' = O·exp(scale·(m − m')) + Σ_j z_j·p_j·v_j
+//
+// from m = −inf, l = 0, O = 0; in the end o = O/l, lse = scale·m + ln l. Exponentials are powers of 2, log₂e being part of the scale. z is attention
+// dropout's 0 or 1/(1−p), and l a sum before dropout. m, l, O and s are float32; in the bf16 kernel p is rounded to bf16 for the product with v.
+//
+//     softmax_forward_kernel2   any sizes and strides, float32 arithmetic: float32's only kernel, and bf16's for what the other does not take
+//     softmax_forward_kernel5   tensor cores: bf16, d_qk <= 192, d_v <= 128, all sizes and strides multiples of 8
+//
+// The numbers are those of the ladder, dev/cuda/attention_forward.cu, where the versions before them stand.
+// FLOPs: 2·(d_qk+d_v) for each visible pair and head. Memory: q, k, v, o once each, while the keys and values of the heads at work fit the L2 cache.
+#pragma once
+
+#include <climits>
+
+#include "softmax.cuh"
+
+namespace gpu {
+
+namespace softmax_fwd {
+
+constexpr int THREADS = 128;
+
+// ---- which block does what, and which keys it needs -----------------------------------------------------------------------------------------------------
+
+struct Block {
+    int seq, head, kv_head, start;  // start: the first query of the block's tile, counted in its sequence
+};
+
+// The grid is one-dimensional, since only x has room for very many sequences. The tiles of one head of one sequence are neighbours, so that its keys are read
+// from the L2 cache; the last tile, which has the most keys, comes first.
+//     tiles > 0: every sequence gets as many tiles as the longest.
+//     tiles = 0, for ragged batches: blocks go by slots of `heads` blocks. Sequence s owns the slots from ⌊cu_q[s]/rows⌋ + s to the next sequence's; these
+//     are as many as its tiles or one more, and the whole grid has q_rows/rows + num_seqs of them.
+// False: nothing to do for this block.
+__device__ inline bool find_block(const SoftmaxAttention& a, int tiles, int rows, Block* b) {
+    int x = blockIdx.x, s = 0;
+    if (tiles > 0) {
+        s = x / tiles / a.heads;
+        b->head = x / tiles % a.heads;
+    } else {
+        // The last sequence whose slots begin at or before ours: the 32 lanes look at 32 of those in question, n from s on.
+        int slot = x / a.heads, lane = threadIdx.x % 32;
+        for (int n = a.num_seqs; n > 1;) {
+            int step = (n + 31) / 32, at = lane * step;
+            bool begun = at < n && a.cu_q[s + at] / rows + s + at <= slot;
+            int last = max(__popc(__ballot_sync(0xffffffff, begun)) - 1, 0);
+            s += last * step;
+            n = min(step, n - last * step);
+        }
+        int first = a.cu_q[s] / rows + s;
+        tiles = a.cu_q[s + 1] / rows + s + 1 - first;
+        x -= first * a.heads;
+        b->head = x / tiles;
+        if (x < 0 || b->head >= a.heads) return false;  // before the first sequence, behind the last
+    }
+    b->seq = s;
+    b->kv_head = b->head * a.kv_heads / a.heads;
+    b->start = (tiles - 1 - x % tiles) * rows;
+    return b->start < a.q_len(s);
+}
+
+struct Grid {
+    int blocks, tiles;
+};
+inline Grid make_grid(const SoftmaxAttention& a, int rows) {
+    int64_t tiles = ceil_div(a.max_q, rows), equal = tiles * a.num_seqs, ragged = a.q_rows / rows + a.num_seqs;
+    int64_t blocks = (equal <= ragged ? equal : ragged) * a.heads;
+    assert(blocks <= INT_MAX);
+    return {(int)blocks, equal <= ragged ? (int)tiles : 0};
+}
+
+// What a block works on.
+struct Range {
+    int n_q, n_k;  // of the sequence
+    int first;     // position of the block's first query
+    // Where the first tile of keys begins, and behind the last key that some query sees; nothing to see if begin >= end. Tiles begin at multiples of their
+    // size, but for dropout where four neighbouring keys begin that share a Philox call: a segment may begin in the midst of four, and its first tile up to 3 keys
+    // before it. Keys before 0 are masked like those behind n_k.
+    int begin, end;
+};
+__device__ inline Range find_range(const SoftmaxAttention& a, const Block& b, int rows, int size, bool dropout) {
+    Range r;
+    r.n_q = a.q_len(b.seq);
+    r.n_k = a.k_len(b.seq);
+    r.first = a.position(b.seq, b.start);
+    int shift = dropout && a.drop_pos ? a.drop_pos[b.seq] % 4 : 0;
+    int last = min(r.first + min(rows, r.n_q - b.start), r.n_k) - 1;
+    r.begin = (a.window > 0 ? (max(0, r.first - a.window + 1) + shift) / size * size : 0) - shift;
+    r.end = last + 1;
+    return r;
+}
+
+// The columns [*lo, *hi) of the tile that starts at key j0 (possibly negative) which the query at `position` sees.
+__device__ inline void visible_keys(int position, int window, int n_k, int j0, int* lo, int* hi) {
+    *hi = min(n_k, position + 1) - j0;
+    *lo = (window > 0 ? max(0, position - window + 1) : 0) - j0;
+}
+
+// Dropout of one sequence and head, cpu::dropout_row: key j for the query at `position` has word (start+j) % 4 of the call with counter (start+j)/4.
+struct Dropout {
+    uint32_t who, counter, start;
+    __device__ Dropout(const SoftmaxAttention& a, int s, int h) {
+        who = (uint32_t)((a.dropout.pass->first_row + (a.drop_seq ? a.drop_seq[s] : s)) * a.heads + h);
+        counter = a.dropout.counter();
+        start = a.drop_pos ? a.drop_pos[s] : 0;
+    }
+    __device__ Philox words(const SoftmaxAttention& a, int position, int j) const {
+        return philox(a.dropout.seed, (start + j) >> 2, start + position, who, counter);
+    }
+};
+
+// The new maximum of a row, `now`, after `before`: what to subtract from the scaled scores, and the factor for what was summed so far.
+// A row without any key so far (−inf) subtracts 0: −inf − (−inf) would be NaN.
+__device__ inline float new_maximum(float before, float now, float scale, float* rescale) {
+    float shift = now == -INFINITY ? 0 : now * scale;
+    *rescale = exp2f(before * scale - shift);
+    return shift;
+}
+
+constexpr float LOG2E = 1.44269504f;
+
+__device__ inline float log_sum_exp(float m, float l, float scale) { return l == 0 ? -INFINITY : m * scale + logf(l); }
+
+// ---- the kernel for everything: float32 arithmetic --------------------------------------------------------------------------------------------------------
+//
+// 64 queries by 64 keys in 128 threads: thread (ty,tx) of 8×16 has the queries ty, ty+8 ... and the keys tx, tx+16 ... for the scores, or four neighbouring
+// columns of each 64 of O. Both products are made of slabs of 32 (channels of q and k; keys of v) in shared memory, 8×4 numbers a thread from 12 reads of
+// 16 bytes for 4 steps of 32 products. Rows are padded by 4 floats, so that eight threads reading eight rows meet different banks.
+
+constexpr int ROWS2 = 64, KEYS2 = 64, SLAB = 32;
+
+struct Slabs {
+    float q[ROWS2][SLAB + 4], k[KEYS2][SLAB + 4];
+};
+
+// Rows first ... of a matrix, those of them in [0, end), and columns c0 ... below d; zeros elsewhere.
+template <int ROWS, int COLUMNS, int WIDTH>
+__device__ inline void load_slab(float (&to)[ROWS][WIDTH], const floatX* from, int64_t stride, int first, int end, int c0, int d) {
+#pragma unroll 8
+    for (int at = threadIdx.x; at < ROWS * COLUMNS; at += THREADS) {
+        int row = at / COLUMNS, c = at % COLUMNS, j = first + row;
+        to[row][c] = j >= 0 && j < end && c0 + c < d ? to_float(from[j * stride + c0 + c]) : 0;
+    }
+}
+
+// A block makes up to DV columns of O, from v0 = blockIdx.y·DV on.
+template <int DV>
+__global__ void __launch_bounds__(THREADS, 3) softmax_forward_kernel2(SoftmaxAttention a, floatX* o, int64_t o_stride, float* lse, int tiles, bool dropout) {
+    __shared__ union {
+        Slabs qk;
+        float v[SLAB][DV];
+    } slab;
+    __shared__ float p[ROWS2][KEYS2 + 4];
+    Block b;
+    if (!find_block(a, tiles, ROWS2, &b)) return;
+    Range range = find_range(a, b, ROWS2, KEYS2, dropout);
+    int tx = threadIdx.x % 16, ty = threadIdx.x / 16, v0 = blockIdx.y * DV;
+    const floatX* q = a.q + a.cu_q[b.seq] * a.q_stride + b.head * (int64_t)a.d_qk;
+    const floatX* k = a.k + a.cu_k[b.seq] * a.k_stride + b.kv_head * a.k_head;
+    const floatX* v = a.v + a.cu_k[b.seq] * a.v_stride + b.kv_head * a.v_head;
+    float scale = a.scale * LOG2E, m[8], l[8], acc[8][DV / 16] = {};
+#pragma unroll
+    for (int r = 0; r < 8; r++) m[r] = -INFINITY, l[r] = 0;
+
+    for (int j0 = range.begin; j0 < range.end; j0 += KEYS2) {
+        float s[8][4] = {};
+        for (int c0 = 0; c0 < a.d_qk; c0 += SLAB) {
+            __syncthreads();  // the slab before has been read
+            load_slab<ROWS2, SLAB>(slab.qk.q, q, a.q_stride, b.start, range.n_q, c0, a.d_qk);
+            load_slab<KEYS2, SLAB>(slab.qk.k, k, a.k_stride, j0, range.n_k, c0, a.d_qk);
+            __syncthreads();
+#pragma unroll 2
+            for (int c = 0; c < SLAB; c += 4) {
+                float4 kc[4];
+#pragma unroll
+                for (int u = 0; u < 4; u++) kc[u] = *(const float4*)&slab.qk.k[tx + 16 * u][c];
+#pragma unroll
+                for (int r = 0; r < 8; r++) {
+                    float4 qc = *(const float4*)&slab.qk.q[ty + 8 * r][c];
+#pragma unroll
+                    for (int u = 0; u < 4; u++) s[r][u] += qc.x * kc[u].x + qc.y * kc[u].y + qc.z * kc[u].z + qc.w * kc[u].w;
+                }
+            }
+        }
+
+        // The running softmax; the 16 threads of a row are half a warp.
+#pragma unroll
+        for (int r = 0; r < 8; r++) {
+            int lo, hi;
+            visible_keys(range.first + ty + 8 * r, a.window, range.n_k, j0, &lo, &hi);
+            float now = m[r], rescale, sum = 0;
+#pragma unroll
+            for (int u = 0; u < 4; u++) {
+                int c = tx + 16 * u;
+                s[r][u] = c >= lo && c < hi ? s[r][u] : -INFINITY;
+                now = fmaxf(now, s[r][u]);
+            }
+            for (int offset = 8; offset > 0; offset /= 2) now = fmaxf(now, __shfl_xor_sync(0xffffffff, now, offset));
+            float shift = new_maximum(m[r], now, scale, &rescale);
+#pragma unroll
+            for (int u = 0; u < 4; u++) {
+                float weight = s[r][u] == -INFINITY ? 0 : exp2f(s[r][u] * scale - shift);
+                p[ty + 8 * r][tx + 16 * u] = weight;
+                sum += weight;
+            }
+            m[r] = now;
+            l[r] = l[r] * rescale + sum;  // of this thread's keys
+#pragma unroll
+            for (int c = 0; c < DV / 16; c++) acc[r][c] *= rescale;
+        }
+        if (dropout) {
+            __syncthreads();
+            Dropout drop(a, b.seq, b.head);
+            for (int at = threadIdx.x; at < ROWS2 * KEYS2 / 4; at += THREADS) {
+                int row = at / (KEYS2 / 4), c = at % (KEYS2 / 4) * 4;
+                Philox random = drop.words(a, range.first + row, j0 + c);
+                for (int w = 0; w < 4; w++)
+                    if (random.word[w] < a.dropout.threshold) p[row][c + w] = 0;
+            }
+        }
+
+        for (int k0 = 0; k0 < KEYS2; k0 += SLAB) {
+            __syncthreads();  // p is complete; the slab before has been read
+            load_slab<SLAB, DV>(slab.v, v, a.v_stride, j0 + k0, range.n_k, v0, a.d_v);
+            __syncthreads();
+#pragma unroll 1
+            for (int j = 0; j < SLAB; j += 4) {
+                float4 vj[4][DV / 64];
+#pragma unroll
+                for (int u = 0; u < 4; u++)
+#pragma unroll
+                    for (int c = 0; c < DV / 64; c++) vj[u][c] = *(const float4*)&slab.v[j + u][c * 64 + tx * 4];
+#pragma unroll
+                for (int r = 0; r < 8; r++) {
+                    float4 pj = *(const float4*)&p[ty + 8 * r][k0 + j];
+#pragma unroll
+                    for (int c = 0; c < DV / 64; c++) {
+                        float* out = &acc[r][c * 4];
+                        out[0] += pj.x * vj[0][c].x + pj.y * vj[1][c].x + pj.z * vj[2][c].x + pj.w * vj[3][c].x;
+                        out[1] += pj.x * vj[0][c].y + pj.y * vj[1][c].y + pj.z * vj[2][c].y + pj.w * vj[3][c].y;
+                        out[2] += pj.x * vj[0][c].z + pj.y * vj[1][c].z + pj.z * vj[2][c].z + pj.w * vj[3][c].z;
+                        out[3] += pj.x * vj[0][c].w + pj.y * vj[1][c].w + pj.z * vj[2][c].w + pj.w * vj[3][c].w;
+                    }
+                }
+            }
+        }
+    }
+
+#pragma unroll
+    for (int r = 0; r < 8; r++) {
+        for (int offset = 8; offset > 0; offset /= 2) l[r] += __shfl_xor_sync(0xffffffff, l[r], offset);
+        int i = b.start + ty + 8 * r;
+        if (i >= range.n_q) continue;
+        int64_t n = a.cu_q[b.seq] + i;
+        float factor = l[r] == 0 ? 0 : (dropout ? a.dropout.scale : 1) / l[r];
+#pragma unroll
+        for (int c = 0; c < DV / 16; c++) {
+            int column = v0 + c / 4 * 64 + tx * 4 + c % 4;
+            if (column < a.d_v) o[n * o_stride + b.head * (int64_t)a.d_v + column] = from_float<floatX>(acc[r][c] * factor);
+        }
+        if (lse && tx == 0 && v0 == 0) lse[b.head * a.q_rows + n] = log_sum_exp(m[r], l[r], a.scale);
+    }
+}
+
+// ---- the kernel for tensor cores ----------------------------------------------------------------------------------------------------------------------------
+#ifndef GPU_FLOAT32
+
+// mma.sync.m16n8k16 multiplies A (16×16) by B (16×8), all 32 lanes together. With row = lane/4 and pair = lane%4 a lane holds, two bf16 to a register,
+//     A: a[0] = A(row, 2·pair ...), a[1] = A(row+8, 2·pair ...), a[2] = A(row, 2·pair+8 ...), a[3] = A(row+8, 2·pair+8 ...)
+//     B: b[0] = B(2·pair ..., row), b[1] = B(2·pair+8 ..., row)
+//     C: c[0], c[1] = C(row, 2·pair ...), c[2], c[3] = C(row+8, 2·pair ...), float32
+// so that two neighbouring C, rounded to bf16, are an A: the weights never leave the registers.
+__device__ inline void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+// Four 8×8 matrices from shared memory: lane i gives the address of row i%8 of matrix i/8, 16 bytes. A lane gets the numbers (row, 2·pair ...) of each;
+// `transposed`: (2·pair ..., row).
+__device__ inline void load_matrices(uint32_t (&x)[4], uint32_t address) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];" : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3]) : "r"(address) : "memory");
+}
+__device__ inline void load_matrices_transposed(uint32_t (&x)[4], uint32_t address) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
+                 : "r"(address)
+                 : "memory");
+}
+// 16 bytes from global to shared memory without passing through registers, or 16 zeros.
+__device__ inline void copy_async(uint32_t to, const void* from, bool valid) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(valid ? 16 : 0) : "memory");
+}
+__device__ inline void copy_async_wait() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
+__device__ inline float exp2_fast(float x) {  // relative error 2⁻²²
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+__device__ inline uint32_t pack_bf16(float low, float high) {
+    __nv_bfloat162 x = __floats2bfloat162_rn(low, high);
+    return *(uint32_t*)&x;
+}
+
+// How a tile of rows of D numbers lies in shared memory, in chunks of 8 numbers (16 bytes). ldmatrix reads one chunk of each of eight neighbouring rows,
+// cp.async writes eight neighbouring chunks: each time the eight must be different modulo 8, to meet all banks once. So a row's chunks change places with one
+// another, by an exclusive or with the row's number: within groups of 8, or of 4 where a row is an odd number of times 4 chunks long and two rows go
+// once around the banks. Tiles begin at multiples of 128 bytes; rows 8 apart are alike.
+template <int D>
+struct Swizzled {
+    static constexpr int GROUP = D % 64 == 0 ? 8 : 4;
+    __device__ static int at(int row, int chunk) { return row * (D / 8) + (chunk ^ (GROUP == 8 ? row & 7 : row >> 1 & 3)); }
+    // `address` is that of chunk 0 or 1 of some row: the address of the chunk 2·c behind it.
+    __device__ static uint32_t step(uint32_t address, int c) { return (address ^ 2 * c % GROUP * 16) + 2 * c / GROUP * (GROUP * 16); }
+};
+
+// Tiles are loaded 8 chunks of 16 rows at a time (or 4 of 32), a chunk a thread: as many rows as swizzling repeats after, so that all addresses of a thread
+// lie constant distances from its first.
+template <int D>
+struct TileThread {
+    static constexpr int WIDTH = Swizzled<D>::GROUP, HEIGHT = THREADS / WIDTH;
+    __device__ static int row() { return threadIdx.x / WIDTH; }
+    __device__ static int column() { return threadIdx.x % WIDTH * 8; }
+};
+
+// ROWS rows; `from` is this thread's first chunk. Rows outside [0, end), where the tile's first is `first`, and columns from d on become zeros.
+template <int D, int ROWS>
+__device__ __forceinline__ void load_tile(uint32_t to, const floatX* from, int64_t stride, int first, int end, int d) {
+    using Thread = TileThread<D>;
+    int row = Thread::row(), column = Thread::column();
+    to += 16 * Swizzled<D>::at(row, column / 8);
+#pragma unroll
+    for (int r = 0; r < ROWS; r += Thread::HEIGHT)
+#pragma unroll
+        for (int c = 0; c < D; c += Thread::WIDTH * 8)
+            copy_async(to + 2 * (r * D + c), from + r * stride + c, (unsigned)(first + row + r) < (unsigned)end && column + c < d);
+}
+
+// A warp has MT times 16 rows and NT times 8 keys. Addresses q, k, v are those of its first row, and of the tile's first key, in shared memory.
+//
+// s = q·kᵀ over D channels. Of k a lane fetches both halves of 16 channels for 16 keys: matrices (keys 0..7, channels 0..7), (0..7, 8..15), (8..15, 0..7) ...
+template <template <int> class Layout, int D, int MT, int NT>
+__device__ __forceinline__ void multiply_qk(float (&s)[MT][NT][4], uint32_t q, uint32_t k) {
+    int lane = threadIdx.x % 32;
+    q += 16 * Layout<D>::at(lane % 16, lane / 16);
+    k += 16 * Layout<D>::at(lane % 8 + lane / 16 * 8, lane / 8 % 2);
+#pragma unroll
+    for (int c = 0; c < D / 16; c++) {
+        uint32_t qc[MT][4];
+#pragma unroll
+        for (int mt = 0; mt < MT; mt++) load_matrices(qc[mt], Layout<D>::step(q, c) + 16 * Layout<D>::at(mt * 16, 0));
+#pragma unroll
+        for (int nt = 0; nt < NT; nt += 2) {
+            uint32_t kc[4];
+            load_matrices(kc, Layout<D>::step(k, c) + 16 * Layout<D>::at(nt * 8, 0));
+#pragma unroll
+            for (int mt = 0; mt < MT; mt++) {
+                mma(s[mt][nt], qc[mt], kc[0], kc[1]);
+                mma(s[mt][nt + 1], qc[mt], kc[2], kc[3]);
+            }
+        }
+    }
+}
+
+// acc += p·v. Of v the matrices are (keys 0..7, columns 0..7), (8..15, 0..7), (0..7, 8..15) ... transposed on the way.
+template <template <int> class Layout, int D, int MT, int NT>
+__device__ __forceinline__ void multiply_pv(float (&acc)[MT][D / 8][4], const float (&p)[MT][NT][4], uint32_t v) {
+    int lane = threadIdx.x % 32;
+    v += 16 * Layout<D>::at(lane % 16, lane / 16);
+#pragma unroll
+    for (int nt = 0; nt < NT; nt += 2) {
+        uint32_t pj[MT][4];
+#pragma unroll
+        for (int mt = 0; mt < MT; mt++) {
+            pj[mt][0] = pack_bf16(p[mt][nt][0], p[mt][nt][1]);
+            pj[mt][1] = pack_bf16(p[mt][nt][2], p[mt][nt][3]);
+            pj[mt][2] = pack_bf16(p[mt][nt + 1][0], p[mt][nt + 1][1]);
+            pj[mt][3] = pack_bf16(p[mt][nt + 1][2], p[mt][nt + 1][3]);
+        }
+#pragma unroll
+        for (int c = 0; c < D / 8; c += 2) {
+            uint32_t vj[4];
+            load_matrices_transposed(vj, Layout<D>::step(v, c / 2) + 16 * Layout<D>::at(nt * 8, 0));
+#pragma unroll
+            for (int mt = 0; mt < MT; mt++) {
+                mma(acc[mt][c], pj[mt], vj[0], vj[1]);
+                mma(acc[mt][c + 1], pj[mt], vj[2], vj[3]);
+            }
+        }
+    }
+}
+
+// Scores of keys that a row does not see become −inf. The tile's keys are those from 0 on, seen from which the warp's first row is at `position`, and the
+// sequence's keys are [begin, end).
+template <int MT, int NT>
+__device__ __forceinline__ void mask_scores(float (&s)[MT][NT][4], int position, int window, int begin, int end) {
+    int column = threadIdx.x % 4 * 2;
+    position += threadIdx.x % 32 / 4;
+#pragma unroll
+    for (int mt = 0; mt < MT; mt++)
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            int at = position + mt * 16 + half * 8;
+            int hi = min(end, at + 1) - column, lo = (window > 0 ? max(begin, at - window + 1) : begin) - column;
+#pragma unroll
+            for (int nt = 0; nt < NT; nt++)
+#pragma unroll
+                for (int e = 0; e < 2; e++) {
+                    float& x = s[mt][nt][half * 2 + e];
+                    x = nt * 8 + e >= lo && nt * 8 + e < hi ? x : -INFINITY;
+                }
+        }
+}
+
+// The running softmax of rows `row` and row+8: scores become weights, m and l (of this lane's keys) the new ones, and O is rescaled.
+template <int NT, int DT>
+__device__ __forceinline__ void softmax_rows(float (&s)[NT][4], float (&m)[2], float (&l)[2], float (&acc)[DT][4], float scale) {
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        float now = m[half], sum = 0;
+#pragma unroll
+        for (int nt = 0; nt < NT; nt++) now = fmaxf(now, fmaxf(s[nt][half * 2], s[nt][half * 2 + 1]));
+        now = fmaxf(now, __shfl_xor_sync(0xffffffff, now, 1));
+        now = fmaxf(now, __shfl_xor_sync(0xffffffff, now, 2));
+        float shift = now == -INFINITY ? 0 : now * scale;  // a row without a key so far: −inf − (−inf) would be NaN
+        float rescale = exp2_fast(m[half] * scale - shift);
+#pragma unroll
+        for (int nt = 0; nt < NT; nt++)
+#pragma unroll
+            for (int e = half * 2; e < half * 2 + 2; e++) {
+                s[nt][e] = exp2_fast(s[nt][e] * scale - shift);  // exactly 0 for −inf
+                sum += s[nt][e];
+            }
+        m[half] = now;
+        l[half] = l[half] * rescale + sum;
+#pragma unroll
+        for (int c = 0; c < DT; c++) acc[c][half * 2] *= rescale, acc[c][half * 2 + 1] *= rescale;
+    }
+}
+
+// Dropped weights become 0. A lane holds two of the four neighbours that share a Philox call, in two rows, and the lane beside it the other two: the even one
+// makes the call for `row`, the odd one for row+8, for all keys of the tile one bit each (4·NT <= 32), and they exchange the bits.
+template <int NT>
+__device__ __forceinline__ void drop_weights(float (&p)[NT][4], const SoftmaxAttention& a, const Dropout& drop, int position, int j0) {
+    int lane = threadIdx.x % 32, odd = lane % 2;
+    uint32_t own = 0;
+#pragma unroll 2
+    for (int nt = 0; nt < NT; nt++) {
+        Philox random = drop.words(a, position + lane / 4 + odd * 8, j0 + nt * 8 + lane % 4 / 2 * 4);
+#pragma unroll
+        for (int w = 0; w < 4; w++) own |= (uint32_t)(random.word[w] >= a.dropout.threshold) << (nt * 4 + w);
+    }
+    uint32_t other = __shfl_xor_sync(0xffffffff, own, 1);
+    uint32_t keep[2] = {(odd ? other : own) >> (odd * 2), (odd ? own : other) >> (odd * 2)};
+#pragma unroll
+    for (int nt = 0; nt < NT; nt++)
+#pragma unroll
+        for (int e = 0; e < 4; e++) p[nt][e] = keep[e / 2] >> (nt * 4 + e % 2) & 1 ? p[nt][e] : 0;
+}
+
+// o = O·factor through `tile`, 16·MT rows of shared memory of the warp's own, so that 16 bytes are stored at a time; rows below `rows`, columns below d.
+template <int D, int MT>
+__device__ __forceinline__ void store_rows(floatX* o, int64_t stride, const float (&acc)[MT][D / 8][4], const float (&factor)[MT][2], int4* tile, int rows, int d) {
+    int lane = threadIdx.x % 32;
+    __syncwarp();
+#pragma unroll
+    for (int mt = 0; mt < MT; mt++)
+#pragma unroll
+        for (int half = 0; half < 2; half++)
+#pragma unroll
+            for (int c = 0; c < D / 8; c++) {
+                uint32_t* chunk = (uint32_t*)&tile[Swizzled<D>::at(mt * 16 + half * 8 + lane / 4, c)];
+                chunk[lane % 4] = pack_bf16(acc[mt][c][half * 2] * factor[mt][half], acc[mt][c][half * 2 + 1] * factor[mt][half]);
+            }
+    __syncwarp();
+#pragma unroll 4
+    for (int at = lane; at < 16 * MT * (D / 8); at += 32) {
+        int row = at / (D / 8), c = at % (D / 8);
+        if (row < rows && c * 8 < d) *(int4*)(o + row * stride + c * 8) = tile[Swizzled<D>::at(row, c)];
+    }
+}
+
+// What a warp does at the end: sums over the four lanes of a row, then o and lse. `n`: its first row among the rows of q; `rows`: how many of its rows exist.
+template <int D, int MT>
+__device__ __forceinline__ void finish_rows(const SoftmaxAttention& a, int h, int64_t n, int rows, floatX* o, int64_t o_stride, float* lse,
+                                            const float (&acc)[MT][D / 8][4], const float (&m)[MT][2], float (&l)[MT][2], float dropout_scale, int4* tile) {
+    int lane = threadIdx.x % 32;
+    float factor[MT][2];
+#pragma unroll
+    for (int mt = 0; mt < MT; mt++)
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            float& sum = l[mt][half];
+            sum += __shfl_xor_sync(0xffffffff, sum, 1);
+            sum += __shfl_xor_sync(0xffffffff, sum, 2);
+            factor[mt][half] = sum == 0 ? 0 : dropout_scale / sum;
+            int row = mt * 16 + half * 8 + lane / 4;
+            if (lse && lane % 4 == 0 && row < rows) lse[h * a.q_rows + n + row] = log_sum_exp(m[mt][half], sum, a.scale);
+        }
+    store_rows<D, MT>(o + n * o_stride + h * (int64_t)a.d_v, o_stride, acc, factor, tile, rows, a.d_v);
+}
+
+// MT·16 rows a warp, four warps; d_qk <= DQK, d_v <= DV, DV <= DQK. While one tile of keys and values is worked on, the next is on its way into the other of
+// two buffers, so that one barrier a tile is enough.
+template <int DQK, int DV, int KEYS, int MT>
+struct Shape5 {
+    static constexpr int ROWS = 64 * MT, NT = KEYS / 8;
+    static constexpr int Q_BYTES = ROWS * DQK * 2, K_BYTES = KEYS * DQK * 2, V_BYTES = KEYS * DV * 2, BYTES = Q_BYTES + 2 * (K_BYTES + V_BYTES);
+    // Blocks that a multiprocessor is to hold, which limits the registers of a thread to 128, 168, 255.
+    static constexpr int BLOCKS = MT == 1 ? (DV <= 64 ? 4 : 2) : (DV <= 64 ? 3 : 2);
+};
+
+template <int DQK, int DV, int KEYS, int MT, bool DROPOUT>
+__global__ void __launch_bounds__(THREADS, Shape5<DQK, DV, KEYS, MT>::BLOCKS)
+    softmax_forward_kernel5(SoftmaxAttention a, floatX* o, int64_t o_stride, float* lse, int tiles) {
+    using Shape = Shape5<DQK, DV, KEYS, MT>;
+    constexpr int ROWS = Shape::ROWS, NT = Shape::NT;
+    extern __shared__ __align__(128) int4 softmax_forward_shared[];
+    Block b;
+    if (!find_block(a, tiles, ROWS, &b)) return;
+    const Range range = find_range(a, b, ROWS, KEYS, DROPOUT);
+    const int row = threadIdx.x / 32 * (16 * MT), rows = range.n_q - b.start - row;  // the warp's first row in the tile; how many from it on exist
+    const int first = range.first + row, last = first + 16 * MT - 1;                 // positions of the warp's rows
+    const uint32_t shared_q = (uint32_t)__cvta_generic_to_shared(softmax_forward_shared);
+    uint32_t shared_k = shared_q + Shape::Q_BYTES, next_k = shared_k + Shape::K_BYTES + Shape::V_BYTES;
+    int j0 = range.begin;
+    const floatX* k = a.k + (a.cu_k[b.seq] + j0 + TileThread<DQK>::row()) * a.k_stride + b.kv_head * a.k_head + TileThread<DQK>::column();
+    const floatX* v = a.v + (a.cu_k[b.seq] + j0 + TileThread<DV>::row()) * a.v_stride + b.kv_head * a.v_head + TileThread<DV>::column();
+    if (j0 < range.end) {
+        const floatX* q = a.q + (a.cu_q[b.seq] + b.start + TileThread<DQK>::row()) * a.q_stride + b.head * (int64_t)a.d_qk + TileThread<DQK>::column();
+        load_tile<DQK, ROWS>(shared_q, q, a.q_stride, b.start, range.n_q, a.d_qk);
+        load_tile<DQK, KEYS>(shared_k, k, a.k_stride, j0, range.n_k, a.d_qk);
+        load_tile<DV, KEYS>(shared_k + Shape::K_BYTES, v, a.v_stride, j0, range.n_k, a.d_v);
+    }
+
+    float acc[MT][DV / 8][4] = {}, m[MT][2], l[MT][2] = {};
+#pragma unroll
+    for (int mt = 0; mt < MT; mt++) m[mt][0] = m[mt][1] = -INFINITY;
+    const float scale = a.scale * LOG2E;
+    for (; j0 < range.end; j0 += KEYS) {
+        copy_async_wait();
+        __syncthreads();  // this tile has come, and the one before has been read by all warps
+        if (j0 + KEYS < range.end) {
+            k += KEYS * a.k_stride;
+            v += KEYS * a.v_stride;
+            load_tile<DQK, KEYS>(next_k, k, a.k_stride, j0 + KEYS, range.n_k, a.d_qk);
+            load_tile<DV, KEYS>(next_k + Shape::K_BYTES, v, a.v_stride, j0 + KEYS, range.n_k, a.d_v);
+        }
+        // Unless no row of this warp sees any of the tile's keys:
+        if (rows > 0 && j0 <= last && (a.window == 0 || j0 + KEYS - 1 > first - a.window)) {
+            float s[MT][NT][4] = {};
+            multiply_qk<Swizzled, DQK>(s, shared_q + row * (DQK * 2), shared_k);
+            // Unless every row sees all of them:
+            if (j0 + KEYS - 1 > first || j0 < 0 || j0 + KEYS > range.n_k || (a.window > 0 && j0 <= last - a.window))
+                mask_scores(s, first - j0, a.window, -j0, range.n_k - j0);
+#pragma unroll
+            for (int mt = 0; mt < MT; mt++) softmax_rows(s[mt], m[mt], l[mt], acc[mt], scale);
+            if constexpr (DROPOUT) {
+                Dropout drop(a, b.seq, b.head);
+#pragma unroll
+                for (int mt = 0; mt < MT; mt++) drop_weights(s[mt], a, drop, first + mt * 16, j0);
+            }
+            multiply_pv<Swizzled, DV>(acc, s, shared_k + Shape::K_BYTES);
+        }
+        uint32_t swap = shared_k;
+        shared_k = next_k;
+        next_k = swap;
+    }
+    if (rows <= 0) return;
+    finish_rows<DV>(a, b.head, a.cu_q[b.seq] + b.start + row, rows, o, o_stride, lse, acc, m, l, DROPOUT ? a.dropout.scale : 1,
+                    softmax_forward_shared + row * (DQK / 8));
+}
+
+template <int DQK, int DV, int KEYS, int MT, bool DROPOUT>
+inline void launch5(cudaStream_t stream, const SoftmaxAttention& a, floatX* o, int64_t o_stride, float* lse) {
+    using Shape = Shape5<DQK, DV, KEYS, MT>;
+    Grid grid = make_grid(a, Shape::ROWS);
+    if (grid.blocks == 0) return;
+    auto kernel = softmax_forward_kernel5<DQK, DV, KEYS, MT, DROPOUT>;
+    allow_shared_memory(kernel, Shape::BYTES);
+    kernel<<<grid.blocks, THREADS, Shape::BYTES, stream>>>(a, o, o_stride, lse, grid.tiles);
+    LAUNCH_CHECK();
+}
+
+#endif
+
+}  // namespace softmax_fwd
+}  // namespace gpu

@@ -1,0 +1,707 @@
+// GPT-2 on the GPU: the twin of train_gpt2.cpp, function for function, read from top to bottom.
+//
+//   1. layers      stand in gpt2/cuda, one header a family; here only what belongs to the model alone
+//   2. the model   parameters, gradients, activations; forward, backward, update; extend for generation
+//   3. main        options, the training loop, evaluation and generation are shared with the CPU trainer: gpt2/program.h
+//
+// Attention is behind the seam in attention.cuh: nothing here knows which layer it is.
+// Storage is floatX, bf16 or (in the build with -DGPU_FLOAT32, which stands in the same program) float32; master weights, gradients of parameters, moments and
+// statistics are float32. All work is queued on one stream, and the host only waits for a loss when it is asked for one: a step's inputs go down in one
+// copy, its loss and norm come back in another, and passes of the same shape are replayed as a CUDA graph.
+// Shapes: N tokens (B·T of them in a dense batch), C channels, V vocabulary, Vp padded vocabulary, L layers. All matrices row-major, weights (out, in).
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <deque>
+#include <limits>
+#include <vector>
+
+#include "attention.cuh"
+#include "gpt2/cuda/adamw.cuh"
+#include "gpt2/cuda/classifier.cuh"
+#include "gpt2/cuda/encoder.cuh"
+#include "gpt2/cuda/gelu.cuh"
+#include "gpt2/cuda/layernorm.cuh"
+#include "gpt2/cuda/memory.cuh"
+#include "gpt2/initialise.h"
+#include "gpt2/program.h"
+#include "gpt2/state.h"
+#include "gpt2/trainer.h"
+
+namespace gpu {
+
+// --------------------------------------------------------------------------------------------------------------------------------------------------
+// 1. Layers
+
+// What a pass is given besides its tokens, and what it leaves; device memory.
+struct PassParameters {
+    PassCounters counters;
+    float scale;        // of the gradient of each scored token's loss: grad_scale / number of them
+    double mean_scale;  // 1 / number of scored tokens
+    double grad_scale;  // 0 in evaluation
+};
+struct StepSums {
+    double pass_loss;  // mean over the last pass, nats
+    double step_loss;  // Σ over a step's passes of grad_scale · pass_loss
+    GlobalNorm norm;   // of the gradients before clipping
+};
+
+// The sum of N losses, by one block in one order.
+__global__ void mean_loss_kernel(StepSums* sums, const float* losses, int64_t N, const PassParameters* parameters) {
+    __shared__ double shared[1024];
+    double sum = 0;
+    for (int64_t n = threadIdx.x; n < N; n += blockDim.x) sum += losses[n];
+    shared[threadIdx.x] = sum;
+    for (int half = blockDim.x / 2; half > 0; half /= 2) {
+        __syncthreads();
+        if ((int)threadIdx.x < half) shared[threadIdx.x] += shared[threadIdx.x + half];
+    }
+    if (threadIdx.x == 0) {
+        sums->pass_loss = shared[0] * parameters->mean_scale;
+        if (parameters->grad_scale != 0) sums->step_loss += sums->pass_loss * parameters->grad_scale;
+    }
+}
+
+// to (rows,C) = the given rows of from (.,C).
+__global__ void gather_rows_kernel(floatX* to, const floatX* from, const int* row, int64_t C) {
+    for (int64_t c = threadIdx.x; c < C; c += blockDim.x) to[blockIdx.x * C + c] = from[row[blockIdx.x] * C + c];
+}
+
+// --------------------------------------------------------------------------------------------------------------------------------------------------
+// 2. The model
+
+struct Gpt2 : Trainer {
+    // Everything by name, in lists: parameters, their float32 masters, gradients and AdamW's moments share one list of specs. Where the working type is
+    // float32 a parameter is its own master.
+    Tensors params, masters, grads, moment1, moment2, acts, dacts;
+    DeviceArena params_memory, grads_memory, acts_memory;
+    std::vector<Tensors> attn_params, attn_grads, attn_saved;  // each network layer's part of the lists
+    DeviceBlock scratch, memory, memory_before;                // memories: (layer, lane, per_sequence) float32; `before` is what the last pass started from
+    int64_t memory_numbers = 0, scratch_need = 0;
+    StatePool<floatX, float, DeviceMemory> pool;
+    TrainerOptions options;
+    cudaStream_t stream = main_stream();
+
+    // What the last forward pass was given: backward goes on from it. Arrays are device memory unless a host's copy stands beside them.
+    Batch batch;
+    Pass pass;
+    Upload upload, states_upload, step_upload;  // of a pass; of the states that extend is given; of an optimiser step
+    const int *tokens, *targets, *cu_seqlens, *position;
+    const TokenPlace* place;
+    const PassParameters* parameters_of_pass;
+    std::vector<std::vector<float*>> from_host, to_host;  // each network layer's lanes of this pass
+    std::vector<float**> from, to;                        // the same, device
+    int max_len = 0;
+
+    // The optimiser, and the results of steps on their way back.
+    DeviceBlock optimizer_tables;
+    const AdamWTensor* optimizer_tensors;
+    const AdamWPiece* optimizer_pieces;
+    int num_pieces = 0;
+    StepSums* sums;
+    struct PendingResult {
+        StepSums* host;
+        cudaEvent_t ready;
+    };
+    std::deque<PendingResult> pending, spare;
+
+    // The last training pass, if it can be replayed: what a graph depends on.
+    struct GraphKey {
+        std::vector<int> cu_seqlens;
+        double dropout = -1;
+        uint64_t seed = 0;
+        const char *arrays = nullptr, *scratch = nullptr;
+        bool operator==(const GraphKey& k) const {
+            return cu_seqlens == k.cu_seqlens && dropout == k.dropout && seed == k.seed && arrays == k.arrays && scratch == k.scratch;
+        }
+    };
+    GraphKey graph_key;
+    cudaGraphExec_t graph = nullptr;
+
+    Gpt2(const ModelConfig& c, const TrainerOptions& o) : pool(state_sizes(c)), options(o) {
+        config = c;
+        params_memory.plan_only = grads_memory.plan_only = acts_memory.plan_only = o.plan_only;
+        params = model_parameters(c);
+        masters.specs = params.specs;
+        params_memory.allocate(params);
+        params_memory.allocate(masters, true, has_master);
+        if (o.training) {
+            grads.specs = moment1.specs = moment2.specs = params.specs;
+            for (Tensors* t : {&grads, &moment1, &moment2}) grads_memory.allocate(*t, true);
+        }
+        allocate_activations();
+        for (const AttentionStateSize& s : state_sizes(c)) memory_numbers += s.per_sequence * o.lanes;
+        for (const AttentionConfig& a : c.attention) {
+            int64_t num_seqs = ceil_div(o.max_tokens, c.max_seq);  // more of them are met as they come
+            scratch_need = std::max(scratch_need, attention(a.name).scratch(a, o.max_tokens, num_seqs, o.max_tokens, o.training));
+        }
+        scratch_need = std::max(scratch_need, encoder_backward_scratch(o.max_tokens, c.channels, c.padded_vocab_size));
+        if (o.plan_only) return;
+        for (size_t i = 0; i < params.specs.size(); i++)
+            if (!masters.data[i]) masters.data[i] = params.data[i];
+        for (int l = 0; l < c.layers; l++) {
+            attn_params.push_back(params.part(format("h.%d.attn.", l)));
+            attn_grads.push_back(grads.part(format("h.%d.attn.", l)));
+            attn_saved.push_back(acts.part(format("h.%d.attn.", holder(l, "attn"))));
+        }
+        scratch.reserve(scratch_need);
+        for (DeviceBlock* m : {&memory, &memory_before}) {
+            m->reserve(memory_numbers * sizeof(float));
+            CUDA_CHECK(cudaMemset(m->memory, 0, m->size));
+        }
+        sums = (StepSums*)acts_memory.block(sizeof(StepSums));
+        if (o.training) {
+            for (Tensors* t : {&grads, &moment1, &moment2})
+                for (size_t i = 0; i < t->data.size(); i++) CUDA_CHECK(cudaMemsetAsync(t->data[i], 0, t->specs[i].size() * sizeof(float), stream));
+            make_optimizer_tables();
+        }
+        set_matmul_tuning(o.tune);
+        wait_for_device();
+    }
+    ~Gpt2() override {
+        cudaStreamSynchronize(stream);
+        if (graph) cudaGraphExecDestroy(graph);
+        for (std::deque<PendingResult>* list : {&pending, &spare})
+            for (PendingResult& r : *list) {
+                cudaFreeHost(r.host);
+                cudaEventDestroy(r.ready);
+            }
+    }
+
+    static bool has_master(const TensorSpec& s) { return sizeof(floatX) < sizeof(float) && s.storage == Storage::WORKING; }
+
+    static std::vector<AttentionStateSize> state_sizes(const ModelConfig& c) {
+        std::vector<AttentionStateSize> sizes;
+        for (const AttentionConfig& a : c.attention) sizes.push_back(attention_description(a.name).state(a));
+        return sizes;
+    }
+
+    // ---- activations --------------------------------------------------------------------------------------------------------------------------------
+
+    // From which --recompute level on a layer's activation is computed again in backward instead of being kept: norms and GELU from 1, all but the block's
+    // input from 2.
+    static int recompute_level(const std::string& name) { return name == "ln1" || name == "ln2" || name == "gelu" ? 1 : name == "x" ? 3 : 2; }
+
+    // The layer whose tensor layer l uses: its own if backward needs it, else one that serves all layers whose attention saves the same.
+    int holder(int l, const std::string& name) const {
+        if (options.training && options.recompute < recompute_level(name)) return l;
+        for (int k = 0; k < l; k++)
+            if (attention_string(config.attention[k]) == attention_string(config.attention[l])) return k;
+        return l;
+    }
+
+    void allocate_activations() {
+        int64_t N = options.max_tokens, C = config.channels;
+        auto statistic_spec = [&](const char* name) { return buffer_spec(name, {N}, Storage::FLOAT32); };
+        for (int l = 0; l < config.layers; l++) {
+            std::string h = format("h.%d.", l);
+            for (const TensorSpec& s : {buffer_spec("x", {N, C}), buffer_spec("ln1", {N, C}), statistic_spec("ln1.mean"), statistic_spec("ln1.rstd"),
+                                        buffer_spec("mid", {N, C}), buffer_spec("ln2", {N, C}), statistic_spec("ln2.mean"), statistic_spec("ln2.rstd"),
+                                        buffer_spec("fc", {N, 4 * C}), buffer_spec("gelu", {N, 4 * C})})
+                if (holder(l, s.name) == l) acts.add(h, {s});
+            if (holder(l, "attn") == l) acts.add(h + "attn.", attention(config.attention[l].name).saved(config.attention[l], N, options.lanes));
+        }
+        acts.add("", {buffer_spec("x", {N, C}), buffer_spec("lnf", {N, C}), statistic_spec("lnf.mean"), statistic_spec("lnf.rstd"), statistic_spec("losses"),
+                      buffer_spec("logits", {logits_rows(N), config.padded_vocab_size})});
+        acts_memory.allocate(acts);
+        if (!options.training) return;
+        dacts.add("", {buffer_spec("x", {N, C}), buffer_spec("ln", {N, C}), buffer_spec("fc", {N, 4 * C}), buffer_spec("branch", {N, C})});
+        acts_memory.allocate(dacts);
+    }
+
+    // The logits of a large batch are never whole in memory: the classifier works on this many rows at a time, in equal parts of at most 1.7 GB of bf16.
+    int64_t logits_rows(int64_t N) const {
+        int64_t most = std::max<int64_t>(128, ((int64_t)840 << 20) / config.padded_vocab_size), parts = std::max<int64_t>(1, ceil_div(N, most));
+        return std::min(N, round_up(ceil_div(N, parts), 128));
+    }
+
+    AnyPointer act(int l, const char* name) const { return acts[format("h.%d.%s", holder(l, name), name).c_str()]; }
+    floatX* param(int l, const char* name) const { return params[format("h.%d.%s", l, name).c_str()]; }
+    float* grad(int l, const char* name) const { return grads[format("h.%d.%s", l, name).c_str()]; }
+    template <class T>
+    T* wpe(const Tensors& t) const {
+        return config.positions == Positions::LEARNED ? (T*)t["wpe"] : nullptr;
+    }
+
+    void initialise(uint64_t seed) override {
+        std::vector<float> values;
+        for (size_t t = 0; t < params.specs.size(); t++) {
+            values.resize(params.specs[t].size());
+            initial_values(config, params.specs, t, seed, values.data());
+            set(Section::PARAMETERS, (int)t, values.data());
+        }
+    }
+
+    // ---- forward ---------------------------------------------------------------------------------------------------------------------------------
+
+    DropoutKey dropout_of(int layer) const {
+        return gpu::dropout_key(pass.training ? pass.dropout : 0, pass.seed, layer, config.layers, &parameters_of_pass->counters);
+    }
+
+    // Pointers to the lanes' memories in each network layer, for each sequence of the batch; nothing where no memory is carried.
+    std::vector<std::vector<float*>> lane_memories(const DeviceBlock& block, const std::vector<int>& lane) const {
+        std::vector<std::vector<float*>> pointers(config.layers);
+        float* layer_memory = (float*)block.memory;
+        std::vector<AttentionStateSize> sizes = state_sizes(config);
+        for (int l = 0; l < config.layers; l++) {
+            for (int k : lane) pointers[l].push_back(k < 0 || sizes[l].per_sequence == 0 ? nullptr : layer_memory + k * sizes[l].per_sequence);
+            layer_memory += sizes[l].per_sequence * options.lanes;
+        }
+        return pointers;
+    }
+
+    // Takes a batch to the device. `past`: how many tokens each sequence has already (extend), or null.
+    void begin_pass(const Batch& b, const Pass& p, const int64_t* past) {
+        int64_t N = (int64_t)b.tokens.size(), count = 0;
+        int S = b.num_seqs();
+        assert(N <= options.max_tokens && (!p.training || options.training));
+        batch = b;
+        pass = p;
+        if (!b.memory_from.empty()) std::swap(memory.memory, memory_before.memory);
+        from_host = lane_memories(memory_before, b.memory_from);
+        to_host = lane_memories(memory, b.memory_to);
+
+        std::vector<TokenPlace> places(N);
+        std::vector<int> positions(N);
+        max_len = 0;
+        for (int s = 0; s < S; s++) {
+            max_len = std::max(max_len, b.cu_seqlens[s + 1] - b.cu_seqlens[s]);
+            for (int n = b.cu_seqlens[s]; n < b.cu_seqlens[s + 1]; n++) {
+                places[n] = {s, n - b.cu_seqlens[s]};
+                positions[n] = places[n].pos + (past ? (int)past[s] : 0);
+            }
+        }
+        for (int t : b.targets) count += t >= 0;
+        PassParameters q = {};
+        q.counters = {p.step, b.first_row};
+        q.scale = count ? (float)(p.grad_scale / (double)count) : 0;
+        q.mean_scale = count ? 1 / (double)count : std::numeric_limits<double>::quiet_NaN();
+        q.grad_scale = p.training ? p.grad_scale : 0;
+
+        upload.begin(32 * N + (S + 1) * (int64_t)(8 + 2 * sizeof(float*) * config.layers) + 64 * (config.layers + 16));
+        parameters_of_pass = upload.put(&q, 1);
+        tokens = upload.put(b.tokens);
+        targets = upload.put(b.targets);
+        cu_seqlens = upload.put(b.cu_seqlens);
+        place = upload.put(places);
+        position = upload.put(positions);
+        from.clear();
+        to.clear();
+        for (int l = 0; l < config.layers; l++) {
+            from.push_back(upload.put(from_host[l]));
+            to.push_back(upload.put(to_host[l]));
+        }
+        upload.send();
+    }
+
+    // The context of one network layer's attention.
+    AttentionContext context(int layer, int64_t kv_tokens, bool training) {
+        const AttentionConfig& a = config.attention[layer];
+        scratch.reserve(attention(a.name).scratch(a, (int64_t)batch.tokens.size(), batch.num_seqs(), kv_tokens, training));
+        AttentionContext ctx{};
+        ctx.config = &a;
+        ctx.stream = stream;
+        ctx.num_seqs = batch.num_seqs();
+        ctx.num_tokens = (int64_t)batch.tokens.size();
+        ctx.max_len = max_len;
+        ctx.cu_seqlens = cu_seqlens;
+        ctx.cu_seqlens_host = batch.cu_seqlens.data();
+        ctx.place = place;
+        ctx.position = position;
+        ctx.dropout = dropout_of(layer);
+        ctx.scratch = {scratch.memory, scratch.size};
+        if (!batch.memory_from.empty()) ctx.memory_from = from[layer], ctx.memory_from_host = from_host[layer].data();
+        if (!batch.memory_to.empty()) ctx.memory_to = to[layer], ctx.memory_to_host = to_host[layer].data();
+        return ctx;
+    }
+
+    // out = mid + Z⊙MLP(LN2(mid)), MLP(u) = GELU(u·Wfcᵀ + bfc)·Wprojᵀ + bproj. `out` null: only what backward needs of it.
+    void mlp_forward(int l, const floatX* mid, floatX* out) {
+        NvtxRange range("mlp forward");
+        int64_t N = (int64_t)batch.tokens.size(), C = config.channels;
+        floatX *ln2 = act(l, "ln2"), *fc = act(l, "fc"), *gelu = act(l, "gelu");
+        layernorm_forward(stream, ln2, act(l, "ln2.mean"), act(l, "ln2.rstd"), mid, param(l, "ln2.w"), param(l, "ln2.b"), N, C);
+        linear_gelu_forward(stream, gelu, fc, ln2, param(l, "mlp.wfc"), param(l, "mlp.bfc"), N, C, 4 * C);
+        if (!out) return;
+        DropoutKey dropout = dropout_of(l);
+        linear_forward(stream, out, gelu, param(l, "mlp.wproj"), param(l, "mlp.bproj"), N, 4 * C, C, dropout.p > 0 ? nullptr : mid);
+        if (dropout.p > 0) dropout_add(stream, out, mid, out, dropout, DROP_MLP, place, N, C);
+    }
+
+    void attention_forward(int l, const floatX* x, const AttentionContext& ctx, floatX* mid) {
+        NvtxRange range("attention forward");
+        int64_t N = (int64_t)batch.tokens.size(), C = config.channels;
+        floatX* ln1 = act(l, "ln1");
+        layernorm_forward(stream, ln1, act(l, "ln1.mean"), act(l, "ln1.rstd"), x, param(l, "ln1.w"), param(l, "ln1.b"), N, C);
+        attention(config.attention[l].name).forward(ctx, attn_params[l], attn_saved[l], ln1, x, mid);
+    }
+
+    floatX* block_output(int l) const { return l + 1 < config.layers ? act(l + 1, "x") : acts["x"]; }
+
+    void forward_pass(float* logits_out = nullptr) {
+        NvtxRange range("forward");
+        int64_t N = (int64_t)batch.tokens.size(), C = config.channels;
+        floatX* x = act(0, "x");
+        encoder_forward(stream, x, tokens, position, params["wte"], wpe<floatX>(params), N, C);
+        DropoutKey dropout = dropout_of(0);
+        if (dropout.p > 0) dropout_add(stream, x, nullptr, x, dropout, DROP_EMBEDDING, place, N, C);
+        for (int l = 0; l < config.layers; l++) {
+            floatX *mid = act(l, "mid"), *next = block_output(l);
+            attention_forward(l, x, context(l, N, options.training), mid);
+            mlp_forward(l, mid, next);
+            x = next;
+        }
+        layernorm_forward(stream, acts["lnf"], acts["lnf.mean"], acts["lnf.rstd"], x, params["lnf.w"], params["lnf.b"], N, C);
+        classifier_pass(logits_out);
+    }
+
+    // Losses. In training also the gradients of the head, since each chunk of logits is at hand only here: d lnf into dacts "ln", and dwte.
+    void classifier_pass(float* logits_out) {
+        NvtxRange range("classifier");
+        int64_t N = (int64_t)batch.tokens.size(), C = config.channels, V = config.vocab_size, Vp = config.padded_vocab_size, chunk = logits_rows(N);
+        floatX *lnf = acts["lnf"], *wte = params["wte"], *logits = acts["logits"];
+        float* losses = acts["losses"];
+        for (int64_t n0 = 0; n0 < N; n0 += chunk) {
+            int64_t rows = std::min(chunk, N - n0);
+            linear_forward(stream, logits, lnf + n0 * C, wte, nullptr, rows, C, Vp);
+            if (logits_out) read_rows(logits_out + n0 * V, logits, rows, V, Vp);
+            classifier(stream, logits, Vp, losses + n0, targets + n0, rows, (int)V, &parameters_of_pass->scale, pass.training);
+            if (pass.training) linear_backward(stream, (floatX*)dacts["ln"] + n0 * C, false, grads["wte"], nullptr, logits, lnf + n0 * C, wte, rows, C, Vp);
+        }
+        mean_loss_kernel<<<1, 1024, 0, stream>>>(sums, losses, N, parameters_of_pass);
+        LAUNCH_CHECK();
+    }
+
+    // The first V numbers of each row to the host.
+    void read_rows(float* to_rows, const floatX* device, int64_t rows, int64_t V, int64_t stride) {
+        std::vector<floatX> copy(rows * V);
+        CUDA_CHECK(cudaMemcpy2DAsync(copy.data(), V * sizeof(floatX), device, stride * sizeof(floatX), V * sizeof(floatX), rows, cudaMemcpyDeviceToHost, stream));
+        wait_for_device();
+        for (int64_t i = 0; i < rows * V; i++) to_rows[i] = host_float(copy[i]);
+    }
+    static float host_float(float x) { return x; }
+    static float host_float(__nv_bfloat16 x) { return __bfloat162float(x); }
+
+    double forward(const Batch& b, const Pass& p, float* losses, float* logits) override {
+        begin_pass(b, p, nullptr);
+        forward_pass(logits);
+        StepSums result;
+        CUDA_CHECK(cudaMemcpyAsync(&result, sums, sizeof result, cudaMemcpyDeviceToHost, stream));
+        if (losses) CUDA_CHECK(cudaMemcpyAsync(losses, acts["losses"], b.tokens.size() * sizeof(float), cudaMemcpyDeviceToHost, stream));
+        wait_for_device();
+        return result.pass_loss;
+    }
+
+    // ---- backward --------------------------------------------------------------------------------------------------------------------------------
+
+    // What forward did not keep, once more.
+    void recompute_block(int l) {
+        int64_t N = (int64_t)batch.tokens.size(), C = config.channels;
+        if (options.recompute >= 2) {
+            AttentionContext ctx = context(l, N, true);
+            ctx.memory_to = nullptr;  // which forward has written
+            ctx.memory_to_host = nullptr;
+            attention_forward(l, act(l, "x"), ctx, act(l, "mid"));
+            mlp_forward(l, act(l, "mid"), nullptr);
+        } else if (options.recompute == 1) {
+            layernorm_forward(stream, act(l, "ln1"), act(l, "ln1.mean"), act(l, "ln1.rstd"), act(l, "x"), param(l, "ln1.w"), param(l, "ln1.b"), N, C);
+            layernorm_forward(stream, act(l, "ln2"), act(l, "ln2.mean"), act(l, "ln2.rstd"), act(l, "mid"), param(l, "ln2.w"), param(l, "ln2.b"), N, C);
+            gelu_forward(stream, act(l, "gelu"), act(l, "fc"), N * 4 * C);
+        }
+    }
+
+    // dx (N,C), the gradient of the block's output, becomes that of `mid`, its middle.
+    void mlp_backward(int l, floatX* dx) {
+        NvtxRange range("mlp backward");
+        int64_t N = (int64_t)batch.tokens.size(), C = config.channels;
+        floatX *dln = dacts["ln"], *dfc = dacts["fc"], *dbranch = dx;
+        DropoutKey dropout = dropout_of(l);
+        if (dropout.p > 0) {
+            dbranch = dacts["branch"];
+            dropout_add(stream, dbranch, nullptr, dx, dropout, DROP_MLP, place, N, C);
+        }
+        linear_gelu_backward(stream, dfc, grad(l, "mlp.wproj"), grad(l, "mlp.bproj"), dbranch, act(l, "gelu"), act(l, "fc"), param(l, "mlp.wproj"), N, 4 * C, C);
+        linear_backward(stream, dln, false, grad(l, "mlp.wfc"), grad(l, "mlp.bfc"), dfc, act(l, "ln2"), param(l, "mlp.wfc"), N, C, 4 * C);
+        layernorm_backward(stream, dx, true, grad(l, "ln2.w"), grad(l, "ln2.b"), dln, act(l, "mid"), act(l, "ln2.mean"), act(l, "ln2.rstd"), param(l, "ln2.w"), N,
+                           C);
+    }
+
+    void backward() override {
+        NvtxRange range("backward");
+        assert(pass.training);
+        int64_t N = (int64_t)batch.tokens.size(), C = config.channels;
+        floatX *dx = dacts["x"], *dln = dacts["ln"];
+        layernorm_backward(stream, dx, false, grads["lnf.w"], grads["lnf.b"], dln, acts["x"], acts["lnf.mean"], acts["lnf.rstd"], params["lnf.w"], N, C);
+        for (int l = config.layers - 1; l >= 0; l--) {
+            recompute_block(l);
+            mlp_backward(l, dx);
+            NvtxRange layer_range("attention backward");
+            attention(config.attention[l].name).backward(context(l, N, true), attn_params[l], attn_grads[l], attn_saved[l], act(l, "ln1"), dx, dln);
+            layernorm_backward(stream, dx, true, grad(l, "ln1.w"), grad(l, "ln1.b"), dln, act(l, "x"), act(l, "ln1.mean"), act(l, "ln1.rstd"), param(l, "ln1.w"),
+                               N, C);
+        }
+        DropoutKey dropout = dropout_of(0);
+        if (dropout.p > 0) dropout_add(stream, dx, nullptr, dx, dropout, DROP_EMBEDDING, place, N, C);
+        scratch.reserve(encoder_backward_scratch(N, C, config.padded_vocab_size));
+        encoder_backward(stream, grads["wte"], wpe<float>(grads), dx, tokens, position, N, C, config.padded_vocab_size, config.max_seq,
+                         {scratch.memory, scratch.size});
+    }
+
+    // ---- update ----------------------------------------------------------------------------------------------------------------------------------
+
+    // Forward and backward without waiting. Of passes of one shape the first runs as it is (which makes all plans and allocations), the second is captured
+    // as a graph, and from then on the graph is replayed. Ragged batches and carried memories differ from pass to pass and are launched kernel by kernel.
+    void train(const Batch& b, const Pass& p) override {
+        begin_pass(b, p, nullptr);
+        GraphKey key = {b.cu_seqlens, p.dropout, p.seed, upload.place(), scratch.memory};
+        bool again = b.memory_from.empty() && key == graph_key;
+        if (again && !graph) {
+            cudaGraph_t captured;
+            CUDA_CHECK(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
+            forward_pass();
+            backward();
+            CUDA_CHECK(cudaStreamEndCapture(stream, &captured));
+            CUDA_CHECK(cudaGraphInstantiate(&graph, captured, 0));
+            CUDA_CHECK(cudaGraphDestroy(captured));
+        }
+        if (again) {
+            CUDA_CHECK(cudaGraphLaunch(graph, stream));
+            return;
+        }
+        if (graph) CUDA_CHECK(cudaGraphExecDestroy(graph));
+        graph = nullptr;
+        forward_pass();
+        backward();
+        key.scratch = scratch.memory;  // which may have grown
+        graph_key = key;
+    }
+
+    void make_optimizer_tables() {
+        std::vector<AdamWTensor> tensors = adamw_tensors(params, masters, grads, moment1, moment2);
+        std::vector<AdamWPiece> pieces = adamw_pieces(tensors);
+        int64_t bytes = round_up(tensors.size() * sizeof(AdamWTensor), 256);
+        num_pieces = (int)pieces.size();
+        optimizer_tables.reserve(bytes + num_pieces * sizeof(AdamWPiece));
+        optimizer_tensors = (const AdamWTensor*)optimizer_tables.memory;
+        optimizer_pieces = (const AdamWPiece*)(optimizer_tables.memory + bytes);
+        CUDA_CHECK(cudaMemcpy(optimizer_tables.memory, tensors.data(), tensors.size() * sizeof(AdamWTensor), cudaMemcpyHostToDevice));
+        CUDA_CHECK(cudaMemcpy(optimizer_tables.memory + bytes, pieces.data(), pieces.size() * sizeof(AdamWPiece), cudaMemcpyHostToDevice));
+    }
+
+    void end_step(const AdamW& h) override {
+        NvtxRange range("update");
+        AdamWStep numbers = adamw_step(h);
+        step_upload.begin(sizeof numbers);
+        const AdamWStep* step = step_upload.put(&numbers, 1);
+        step_upload.send();
+        global_norm(stream, &sums->norm, optimizer_tensors, optimizer_pieces, num_pieces);
+        adamw(stream, optimizer_tensors, optimizer_pieces, num_pieces, step, &sums->norm);
+        if (spare.empty()) {
+            PendingResult fresh;
+            CUDA_CHECK(cudaMallocHost(&fresh.host, sizeof(StepSums)));
+            CUDA_CHECK(cudaEventCreateWithFlags(&fresh.ready, cudaEventDisableTiming));
+            spare.push_back(fresh);
+        }
+        PendingResult r = spare.front();
+        spare.pop_front();
+        CUDA_CHECK(cudaMemcpyAsync(r.host, sums, sizeof(StepSums), cudaMemcpyDeviceToHost, stream));
+        CUDA_CHECK(cudaMemsetAsync(sums, 0, sizeof(StepSums), stream));
+        CUDA_CHECK(cudaEventRecord(r.ready, stream));
+        pending.push_back(r);
+    }
+    StepResult step_result() override {
+        PendingResult r = pending.front();
+        pending.pop_front();
+        CUDA_CHECK(cudaEventSynchronize(r.ready));
+        spare.push_back(r);
+        return {r.host->step_loss, r.host->norm.norm};
+    }
+    int steps_ahead() const override { return 1; }
+    double update(const AdamW& h) override {
+        end_step(h);
+        return step_result().grad_norm;
+    }
+
+    // ---- extend: new tokens for sequences that are being decoded -----------------------------------------------------------------------------------
+
+    void extend(const Batch& b, const std::vector<int>& sequences, float* last_logits) override {
+        int64_t N = (int64_t)b.tokens.size(), C = config.channels, V = config.vocab_size, Vp = config.padded_vocab_size;
+        int S = b.num_seqs(), max_kv = 0;
+        assert(N <= options.max_tokens && (int)sequences.size() == S);
+        std::vector<int64_t> lengths;
+        std::vector<int> cu_kv(1, 0), last_rows, answered;
+        std::vector<floatX*> page_table;
+        std::vector<int64_t> first_page;
+        for (int s = 0; s < S; s++) {
+            int64_t length = pool.sequences[sequences[s]].length, q_len = b.cu_seqlens[s + 1] - b.cu_seqlens[s];
+            if (config.positions == Positions::LEARNED && length + q_len > config.max_seq)
+                usage_error("a sequence of %lld tokens is longer than the model's %d learned positions: use a shorter prompt or fewer tokens",
+                            (long long)(length + q_len), config.max_seq);
+            pool.reserve(sequences[s], q_len);
+            lengths.push_back(length);
+            cu_kv.push_back(cu_kv[s] + (int)(length + q_len));
+            max_kv = std::max(max_kv, (int)(length + q_len));
+            first_page.push_back((int64_t)page_table.size());
+            for (int p : pool.sequences[sequences[s]].pages) page_table.push_back(pool.pages[p].get());
+            if (q_len > 0) last_rows.push_back(b.cu_seqlens[s + 1] - 1), answered.push_back(s);
+        }
+        Batch plain = b;
+        plain.memory_from.clear();
+        plain.memory_to.clear();
+        begin_pass(plain, Pass(), lengths.data());
+        states_upload.begin((int64_t)page_table.size() * 8 + S * (int64_t)(config.layers * sizeof(AttentionState) + 16) + 64 * (config.layers + 8));
+        floatX** pages = states_upload.put(page_table);
+        const int *cu_kv_device = states_upload.put(cu_kv), *rows_device = states_upload.put(last_rows);
+        std::vector<const AttentionState*> layer_states;
+        for (int l = 0; l < config.layers; l++) {
+            std::vector<AttentionState> states;
+            for (int s = 0; s < S; s++)
+                states.push_back({lengths[s], pool.sequences[sequences[s]].fixed.get() + pool.fixed_offset[l], pages + first_page[s], pool.page_size,
+                                  pool.page_offset[l], pool.per_token[l]});
+            layer_states.push_back(states_upload.put(states));
+        }
+        states_upload.send();
+
+        floatX* x = act(0, "x");
+        encoder_forward(stream, x, tokens, position, params["wte"], wpe<floatX>(params), N, C);
+        for (int l = 0; l < config.layers; l++) {
+            AttentionContext ctx = context(l, cu_kv[S], false);
+            ctx.states = layer_states[l];
+            ctx.lengths_host = lengths.data();
+            ctx.cu_kv = cu_kv_device;
+            ctx.kv_tokens = cu_kv[S];
+            ctx.max_kv = max_kv;
+            floatX *ln1 = act(l, "ln1"), *mid = act(l, "mid"), *next = block_output(l);
+            layernorm_forward(stream, ln1, act(l, "ln1.mean"), act(l, "ln1.rstd"), x, param(l, "ln1.w"), param(l, "ln1.b"), N, C);
+            attention(config.attention[l].name).extend(ctx, attn_params[l], ln1, x, mid);
+            mlp_forward(l, mid, next);
+            x = next;
+        }
+        for (int s = 0; s < S; s++) pool.sequences[sequences[s]].length += b.cu_seqlens[s + 1] - b.cu_seqlens[s];
+        int64_t rows = (int64_t)last_rows.size();
+        if (!last_logits || rows == 0) return;
+        // The norm of all rows, the logits of the last ones.
+        floatX *lnf = acts["lnf"], *logits = acts["logits"], *last = act(0, "ln1");
+        layernorm_forward(stream, lnf, acts["lnf.mean"], acts["lnf.rstd"], x, params["lnf.w"], params["lnf.b"], N, C);
+        gather_rows_kernel<<<(unsigned)rows, 256, 0, stream>>>(last, lnf, rows_device, C);
+        LAUNCH_CHECK();
+        std::vector<float> values(rows * V);
+        for (int64_t r0 = 0, chunk = logits_rows(options.max_tokens); r0 < rows; r0 += chunk) {
+            int64_t n = std::min(chunk, rows - r0);
+            linear_forward(stream, logits, last + r0 * C, params["wte"], nullptr, n, C, Vp);
+            read_rows(values.data() + r0 * V, logits, n, V, Vp);
+        }
+        for (int64_t r = 0; r < rows; r++) std::copy_n(&values[r * V], V, last_logits + answered[r] * V);
+    }
+    int new_sequence() override { return pool.create(); }
+    int fork_sequence(int s) override { return pool.fork(s); }
+    void free_sequence(int s) override { pool.release(s); }
+    size_t state_bytes() override { return pool.bytes(); }
+
+    // ---- exchange with the host ---------------------------------------------------------------------------------------------------------------------
+
+    const Tensors& parameters() override { return params; }
+    const Tensors& section(Section s) const {
+        return s == Section::PARAMETERS ? masters : s == Section::GRADIENTS ? grads : s == Section::MOMENT1 ? moment1 : moment2;
+    }
+    void get(Section s, int i, float* to_host_memory) override {
+        CUDA_CHECK(cudaMemcpyAsync(to_host_memory, section(s).data[i], params.specs[i].size() * sizeof(float), cudaMemcpyDeviceToHost, stream));
+        wait_for_device();
+    }
+    void set(Section s, int i, const float* values) override {
+        int64_t n = params.specs[i].size();
+        CUDA_CHECK(cudaMemcpyAsync(section(s).data[i], values, n * sizeof(float), cudaMemcpyHostToDevice, stream));
+        if (s == Section::PARAMETERS && has_master(params.specs[i])) {
+            std::vector<floatX> rounded(n);
+            for (int64_t k = 0; k < n; k++) round_to(rounded[k], values[k]);
+            CUDA_CHECK(cudaMemcpyAsync(params.data[i], rounded.data(), n * sizeof(floatX), cudaMemcpyHostToDevice, stream));
+            wait_for_device();
+        }
+        wait_for_device();
+    }
+    static void round_to(float& y, float x) { y = x; }
+    static void round_to(__nv_bfloat16& y, float x) { y = __float2bfloat16_rn(x); }
+    std::vector<float> get_memory() override {
+        std::vector<float> m(memory_numbers);
+        CUDA_CHECK(cudaMemcpyAsync(m.data(), memory.memory, m.size() * sizeof(float), cudaMemcpyDeviceToHost, stream));
+        wait_for_device();
+        return m;
+    }
+    void set_memory(const std::vector<float>& m) override {
+        assert((int64_t)m.size() == memory_numbers);
+        CUDA_CHECK(cudaMemcpyAsync(memory.memory, m.data(), m.size() * sizeof(float), cudaMemcpyHostToDevice, stream));
+        wait_for_device();
+    }
+    size_t parameter_bytes() override { return params_memory.bytes; }
+    size_t gradient_bytes() override { return grads_memory.bytes; }
+    size_t activation_bytes() override { return acts_memory.bytes + scratch_need + 2 * memory_numbers * sizeof(float) + WORKSPACE_BYTES; }
+
+    // Multiply-adds of the matrix units: per multiprocessor and cycle, dense bf16 with float32 sums, by compute capability.
+    double peak_flops() override {
+        if (sizeof(floatX) > 2) return 0;
+        const cudaDeviceProp& p = device_properties();
+        int cc = 10 * p.major + p.minor, kilohertz = 0;
+        double each = cc == 80 ? 1024 : cc == 90 ? 2048 : cc == 86 || cc == 89 ? 256 : cc == 100 ? 4096 : 0;
+        CUDA_CHECK(cudaDeviceGetAttribute(&kilohertz, cudaDevAttrClockRate, 0));
+        return 2 * each * p.multiProcessorCount * kilohertz * 1e3;
+    }
+    std::string matmul_plans() override { return gpu::matmul_plans(); }
+    void set_matmul_plans(const std::string& text) override { load_matmul_plans(text); }
+};
+
+inline size_t bytes_needed(const ModelConfig& config, TrainerOptions options) {
+    options.plan_only = true;
+    Gpt2 plan(config, options);
+    return plan.parameter_bytes() + plan.gradient_bytes() + plan.activation_bytes();
+}
+
+// Refuses a model that does not fit, saying by how much, and what would.
+inline void check_memory(const ModelConfig& config, const TrainerOptions& options) {
+    size_t need = bytes_needed(config, options), available, total;
+    CUDA_CHECK(cudaMemGetInfo(&available, &total));
+    if (need <= available) return;
+    std::string remedies;
+    TrainerOptions other = options;
+    for (other.recompute = options.recompute + 1; other.recompute <= 2 && options.training; other.recompute++)
+        if (bytes_needed(config, other) <= available) {
+            remedies = format("--recompute %d (%.1f GB)", other.recompute, bytes_needed(config, other) / 1e9);
+            break;
+        }
+    other = options;
+    for (int part = 2; part <= 1024 && options.max_tokens / part > 0; part *= 2) {
+        other.max_tokens = options.max_tokens / part;
+        if (bytes_needed(config, other) > available) continue;
+        remedies += format("%s1/%d of --batch (%.1f GB)", remedies.empty() ? "" : ", or ", part, bytes_needed(config, other) / 1e9);
+        break;
+    }
+    data_error("this needs %.1f GB of GPU memory, %.1f GB too much: %s has %.1f of its %.1f GB free; %s%s", need / 1e9, (need - available) / 1e9,
+               device_properties().name, available / 1e9, total / 1e9, remedies.empty() ? "use a smaller model or --seq" : "what would fit: ", remedies.c_str());
+}
+
+inline std::unique_ptr<Trainer> make(const ModelConfig& config, const TrainerOptions& options) {
+    if (!options.plan_only) check_memory(config, options);
+    return std::make_unique<Gpt2>(config, options);
+}
+
+}  // namespace gpu
+
+#ifdef GPU_FLOAT32
+std::unique_ptr<Trainer> make_float32_trainer(const ModelConfig& config, const TrainerOptions& options) { return gpu::make(config, options); }
+#else
+std::unique_ptr<Trainer> make_float32_trainer(const ModelConfig& config, const TrainerOptions& options);  // in the other build of this file
+
+bool trainer_on_gpu() { return true; }
+
+std::unique_ptr<Trainer> make_trainer(const ModelConfig& config, const TrainerOptions& options) {
+    int devices = 0;
+    if (!options.plan_only && (cudaGetDeviceCount(&devices) != cudaSuccess || devices == 0))
+        data_error("no CUDA GPU is to be seen here: use ./train_gpt2, the CPU trainer, or see what nvidia-smi says");
+    return options.dtype == "float32" ? make_float32_trainer(config, options) : gpu::make(config, options);
+}
+
+// --------------------------------------------------------------------------------------------------------------------------------------------------
+// 3. main
+
+// Weak: test programs that are linked with the trainer bring their own.
+__attribute__((weak)) int main(int argc, char** argv) { return run_program(argc, argv); }
+#endif
