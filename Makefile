@@ -73,7 +73,7 @@ train_gpt2cu: check-nvcc $(CU)/train_gpt2_bf16.o $(CU)/train_gpt2_float32.o $(B)
 test_gpt2cu: check-nvcc $(CU)/test_gpt2.o $(CU)/train_gpt2_bf16.o $(CU)/train_gpt2_float32.o $(B)/program.o  ## test_gpt2 for the GPU's trainer
 	$(NVCC) $(GENCODE) $(filter %.o,$^) -o $@ $(CUDA_LIBS)
 
-test-gpu: train_gpt2cu test_gpt2cu $(CU)/gpu_tests  ## on a GPU: the reference outputs, and the GPU's trainer against the CPU's
+test-gpu: train_gpt2 train_gpt2cu test_gpt2cu $(CU)/gpu_tests  ## on a GPU: the reference outputs, and the GPU's trainer against the CPU's
 	@dev/test/run_tests.sh test_gpt2cu $(CU)/gpu_tests dev/test/gpu_program_tests.sh
 
 ladders: check-nvcc $(LADDERS)  ## build every kernel's ladder (dev/cuda), into build/cuda

@@ -25,23 +25,24 @@ __global__ void bias_backward_kernel1(float* db, const floatX* dout, int64_t N, 
 
 static bool run(int version, cudaStream_t stream, float* db, const floatX* dout, int64_t N, int64_t OC) {
     switch (version) {
-    case 1:
-        bias_backward_kernel1<<<(unsigned)ceil_div(OC, 256), 256, 0, stream>>>(db, dout, N, OC);
-        LAUNCH_CHECK();
-        return true;
-    case 2:
-        bias_backward_launch<1>(stream, db, dout, N, OC, OC);
-        return true;
-    default:
-        bias_backward(stream, db, dout, N, OC);
-        return true;
+        case 1:
+            bias_backward_kernel1<<<(unsigned)ceil_div(OC, 256), 256, 0, stream>>>(db, dout, N, OC);
+            LAUNCH_CHECK();
+            return true;
+        case 2:
+            bias_backward_launch<1>(stream, db, dout, N, OC, OC);
+            return true;
+        default:
+            bias_backward(stream, db, dout, N, OC);
+            return true;
     }
 }
 
 int main(int argc, char** argv) {
     Ladder ladder("bias_backward", {"a thread a column", "two stages", "16-byte loads (in use)"}, argc, argv);
     int64_t shapes[][2] = {{1, 1}, {7, 13}, {1000, 33}, {9, 8}, {515, 264}, {64, 2304}, {4099, 768}, {3, 20000}};
-    for (auto [N, OC] : shapes) {
+    for (auto& shape : shapes) {
+        int64_t N = shape[0], OC = shape[1];
         std::vector<float> dout = random_numbers(N * OC, 1), before = random_numbers(OC, 2), after = before;
         cpu::bias_backward(after.data(), dout.data(), N, OC);
         DeviceArray<floatX> d_dout(dout);

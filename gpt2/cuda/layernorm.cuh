@@ -251,7 +251,7 @@ __global__ void norm_columns_kernel3(float* partial, const floatX* dy, int64_t d
 // warps) make a row, blockDim.y such groups make a block; each group takes ROWS rows at a time, so that many reads are under way and one barrier serves them
 // all. The grid is as large as the GPU holds at once; each group writes one partial row. dx may be dy.
 constexpr int NORM_BACKWARD_THREADS = 512;  // at most: so many vectors a row may have
-constexpr int NORM_BACKWARD_ROWS = 4;       // more do not fit the registers
+constexpr int NORM_BACKWARD_ROWS = 2;       // more would not fit the registers
 template <bool CENTRED>
 __global__ void __launch_bounds__(NORM_BACKWARD_THREADS)
     norm_backward_kernel4(floatX* dx, int64_t dx_stride, bool accumulate, float* partial, const floatX* dy, int64_t dy_stride, const floatX* x,

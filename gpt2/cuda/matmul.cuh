@@ -28,6 +28,8 @@
 #include <vector>
 
 #include "common.cuh"
+#include "gelu.cuh"
+#include "numbers.cuh"
 
 #define CUBLAS_CHECK(call) ::gpu::cublas_check((call), #call, __FILE__, __LINE__)
 
@@ -75,61 +77,25 @@ struct MatmulCall {
     bool has_epilogue() const { return epilogue.bias || epilogue.residual || epilogue.gelu_input || epilogue.dgelu_input || epilogue.bias_gradient; }
 };
 
-// GELU, tanh form, as in train_gpt2.cpp (and in cuBLASLt, whose GELU is this approximation too): x·σ(2u), u = √(2/π)·(x + 0.044715·x³),
-// since (1 + tanh u)/2 = σ(2u).
-__device__ inline float gelu_sigmoid(float x) {
-    float u = 1.5957691216057308f * (x + 0.044715f * x * x * x);  // 2u
-    u = fmaxf(-80, fminf(80, u));
-    return 1 / (1 + expf(-u));
-}
-__device__ inline float gelu(float x) { return x * gelu_sigmoid(x); }
-__device__ inline float gelu_slope(float x) {
-    float s = gelu_sigmoid(x), du = 1.5957691216057308f * (1 + 0.134145f * x * x);
-    return s + x * s * (1 - s) * du;
-}
-
-// V neighbouring numbers as float32: one, or 16 bytes in one instruction.
-template <int V, class T>
-__device__ inline void load_floats(float (&x)[V], const T* p) {
-    if constexpr (V == 1) {
-        x[0] = to_float(*p);
-    } else {
-        static_assert(V == Packed<T>::size, "16 bytes");
-        Packed<T> packed = load_packed(p);
-        for (int i = 0; i < V; i++) x[i] = packed[i];
-    }
-}
-template <int V, class T>
-__device__ inline void store_floats(T* p, const float (&x)[V]) {
-    if constexpr (V == 1) {
-        *p = from_float<T>(x[0]);
-    } else {
-        static_assert(V == Packed<T>::size, "16 bytes");
-        Packed<T> packed;
-        for (int i = 0; i < V; i++) packed.set(i, x[i]);
-        store_packed(p, packed);
-    }
-}
-
-// y: V neighbouring elements of a row from column j on, which stand at `at` in C and in the epilogue's matrices.
-template <int V>
-__device__ inline void apply_epilogue(const MatmulEpilogue& e, float (&y)[V], int64_t at, int64_t j) {
-    float x[V];
+// y: W neighbouring elements of a row from column j on, which stand at `at` in C and in the epilogue's matrices.
+// cuBLASLt's GELU is the tanh form too.
+template <int W>
+__device__ inline void apply_epilogue(const MatmulEpilogue& e, Numbers<W>& y, int64_t at, int64_t j) {
     if (e.bias) {
-        load_floats<V>(x, e.bias + j);
-        for (int i = 0; i < V; i++) y[i] += x[i];
+        Numbers<W> bias = load_numbers<W>(e.bias + j);
+        for (int k = 0; k < W; k++) y[k] += bias[k];
     }
     if (e.gelu_input) {
-        store_floats<V>(e.gelu_input + at, y);
-        for (int i = 0; i < V; i++) y[i] = gelu(y[i]);
+        store_numbers<W>(e.gelu_input + at, y);
+        for (int k = 0; k < W; k++) y[k] = gelu(y[k]);
     }
     if (e.dgelu_input) {
-        load_floats<V>(x, e.dgelu_input + at);
-        for (int i = 0; i < V; i++) y[i] *= gelu_slope(x[i]);
+        Numbers<W> x = load_numbers<W>(e.dgelu_input + at);
+        for (int k = 0; k < W; k++) y[k] *= gelu_gradient(x[k]);
     }
     if (e.residual) {
-        load_floats<V>(x, e.residual + at);
-        for (int i = 0; i < V; i++) y[i] += x[i];
+        Numbers<W> residual = load_numbers<W>(e.residual + at);
+        for (int k = 0; k < W; k++) y[k] += residual[k];
     }
 }
 
@@ -180,9 +146,10 @@ __global__ void __launch_bounds__(256) matmul_kernel2(MatmulCall<Out> m) {
         for (int c = 0; c < 8; c++) {
             int64_t i = i0 + 4 * y + r % 4 + r / 4 * 64, j = j0 + 4 * x + c % 4 + c / 4 * 64, at = batch * m.batch.c + i * m.ldc + j;
             if (i >= m.M || j >= m.N) continue;
-            float v[1] = {m.alpha * sum[r][c]};
+            Numbers<1> v;
+            v[0] = m.alpha * sum[r][c];
             if (m.beta != 0) v[0] += m.beta * to_float(m.C[at]);  // beta 0: what stands in C may be NaN
-            apply_epilogue<1>(m.epilogue, v, at, j);
+            apply_epilogue(m.epilogue, v, at, j);
             m.C[at] = from_float<Out>(v[0]);
         }
 }
@@ -195,14 +162,13 @@ inline void matmul_own(cudaStream_t stream, const MatmulCall<Out>& call) {
 }
 
 // The epilogue alone, over a product that stands in C already. One block a row.
-template <class Out, int V>
+template <class Out, int W>
 __global__ void epilogue_kernel(MatmulCall<Out> m) {
     int64_t row = blockIdx.x, start = m.batch.count == 1 ? row * m.ldc : row / m.M * m.batch.c + row % m.M * m.ldc;
-    for (int64_t j = (int64_t)threadIdx.x * V; j < m.N; j += (int64_t)blockDim.x * V) {
-        float y[V];
-        load_floats<V>(y, m.C + start + j);
-        apply_epilogue<V>(m.epilogue, y, start + j, j);
-        store_floats<V>(m.C + start + j, y);
+    for (int64_t j = (int64_t)threadIdx.x * W; j < m.N; j += (int64_t)blockDim.x * W) {
+        Numbers<W> y = load_numbers<W>(m.C + start + j);
+        apply_epilogue(m.epilogue, y, start + j, j);
+        store_numbers<W>(m.C + start + j, y);
     }
 }
 template <class Out>
@@ -210,13 +176,13 @@ inline void apply_epilogue(cudaStream_t stream, const MatmulCall<Out>& call) {
     const MatmulEpilogue& e = call.epilogue;
     int64_t rows = call.batch.count * call.M;
     assert(rows <= INT32_MAX);
-    auto threads = [&](int v) { return (unsigned)std::min<int64_t>(256, round_up(ceil_div(call.N, v), 32)); };
+    auto threads = [&](int w) { return (unsigned)std::min<int64_t>(256, round_up(ceil_div(call.N, w), 32)); };
     if constexpr (std::is_same_v<Out, floatX>) {
-        constexpr int V = Packed<floatX>::size;
-        bool aligned = call.N % V == 0 && call.ldc % V == 0 && (call.batch.count == 1 || call.batch.c % V == 0) && aligned16(call.C) && aligned16(e.bias) &&
+        constexpr int W = Packed<floatX>::size;
+        bool aligned = call.N % W == 0 && call.ldc % W == 0 && (call.batch.count == 1 || call.batch.c % W == 0) && aligned16(call.C) && aligned16(e.bias) &&
                        aligned16(e.residual) && aligned16(e.gelu_input) && aligned16(e.dgelu_input);
         if (aligned) {
-            epilogue_kernel<Out, V><<<(unsigned)rows, threads(V), 0, stream>>>(call);
+            epilogue_kernel<Out, W><<<(unsigned)rows, threads(W), 0, stream>>>(call);
             LAUNCH_CHECK();
             return;
         }
@@ -227,35 +193,33 @@ inline void apply_epilogue(cudaStream_t stream, const MatmulCall<Out>& call) {
 
 // ---- db (OC) += column sums of dout (N,OC) --------------------------------------------------------------------------------------------------------------
 // Two launches, since a column's rows are too many for one block and atomics would add in any order:
-//   1. a block takes 32·V columns and a piece of the rows. A warp reads a row's 32·V neighbours in one instruction, the 8 warps take every 8th row;
+//   1. a block takes 32·W columns and a piece of the rows. A warp reads a row's 32·W neighbours in one instruction, the 8 warps take every 8th row;
 //      their sums are added in the order of the warps: partial (pieces, OC).
 //   2. partial sums are added to db in the order of the pieces, 8 interleaved strands of them first.
 // The pieces depend on N and OC alone: the same bits on every machine.
-template <int V>
-__global__ void __launch_bounds__(256) bias_backward_kernel3(float* partial, const floatX* dout, int64_t N, int64_t OC, int64_t dout_stride,
-                                                            int64_t rows_per_piece) {
-    __shared__ float shared[8][V][32];
+template <int W>
+__global__ void __launch_bounds__(256)
+    bias_backward_kernel3(float* partial, const floatX* dout, int64_t N, int64_t OC, int64_t dout_stride, int64_t rows_per_piece) {
+    __shared__ float shared[8][W][32];
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    int64_t first_column = (int64_t)blockIdx.x * 32 * V, column = first_column + lane * V, n0 = blockIdx.y * rows_per_piece;
+    int64_t first_column = (int64_t)blockIdx.x * 32 * W, column = first_column + lane * W, n0 = blockIdx.y * rows_per_piece;
     int64_t n1 = n0 + rows_per_piece < N ? n0 + rows_per_piece : N;
-    float sum[V] = {};
+    Numbers<W> sum;
     if (column < OC) {
 #pragma unroll 4  // rows in flight at a time
         for (int64_t n = n0 + warp; n < n1; n += 8) {
-            float x[V];
-            load_floats<V>(x, dout + n * dout_stride + column);
-            for (int i = 0; i < V; i++) sum[i] += x[i];
+            Numbers<W> x = load_numbers<W>(dout + n * dout_stride + column);
+            for (int i = 0; i < W; i++) sum[i] += x[i];
         }
     }
-    for (int i = 0; i < V; i++) shared[warp][i][lane] = sum[i];
+    for (int i = 0; i < W; i++) shared[warp][i][lane] = sum[i];
     __syncthreads();
     int c = threadIdx.x;  // of the block's columns
-    if (c >= 32 * V || first_column + c >= OC) return;
+    if (c >= 32 * W || first_column + c >= OC) return;
     float total = 0;
-    for (int w = 0; w < 8; w++) total += shared[w][c % V][c / V];
+    for (int w = 0; w < 8; w++) total += shared[w][c % W][c / W];
     partial[blockIdx.y * OC + first_column + c] = total;
 }
-template <int V>  // a template only so that more than one file of a program may include this one
 __global__ void __launch_bounds__(256) bias_backward_sum_kernel3(float* db, const float* partial, int64_t pieces, int64_t OC) {
     __shared__ float shared[8][32];
     int lane = threadIdx.x % 32, strand = threadIdx.x / 32;
@@ -272,32 +236,31 @@ __global__ void __launch_bounds__(256) bias_backward_sum_kernel3(float* db, cons
     for (int s = 0; s < 8; s++) total += shared[s][lane];
     db[column] += total;
 }
-template <int V>
+template <int W>
 inline void bias_backward_launch(cudaStream_t stream, float* db, const floatX* dout, int64_t N, int64_t OC, int64_t dout_stride) {
     // About 512 blocks, four for each multiprocessor of an H100. Each warp has at least one row.
-    int64_t tiles = ceil_div(OC, 32 * V), pieces = std::max<int64_t>(1, std::min(512 / tiles, ceil_div(N, 8)));
+    int64_t tiles = ceil_div(OC, 32 * W), pieces = std::max<int64_t>(1, std::min(512 / tiles, ceil_div(N, 8)));
     int64_t rows_per_piece = round_up(ceil_div(N, pieces), 8);
     pieces = ceil_div(N, rows_per_piece);
     float* partial = Scratch{workspace(), WORKSPACE_BYTES}.take<float>(pieces * OC);
-    bias_backward_kernel3<V><<<dim3((unsigned)tiles, (unsigned)pieces), 256, 0, stream>>>(partial, dout, N, OC, dout_stride, rows_per_piece);
+    bias_backward_kernel3<W><<<dim3((unsigned)tiles, (unsigned)pieces), 256, 0, stream>>>(partial, dout, N, OC, dout_stride, rows_per_piece);
     LAUNCH_CHECK();
-    bias_backward_sum_kernel3<1><<<(unsigned)ceil_div(OC, 32), 256, 0, stream>>>(db, partial, pieces, OC);
+    bias_backward_sum_kernel3<<<(unsigned)ceil_div(OC, 32), 256, 0, stream>>>(db, partial, pieces, OC);
     LAUNCH_CHECK();
 }
 // db (OC) += Σ_n dout_n; rows of dout (N,OC) are dout_stride apart (0: OC).
 inline void bias_backward(cudaStream_t stream, float* db, const floatX* dout, int64_t N, int64_t OC, int64_t dout_stride = 0) {
-    constexpr int V = Packed<floatX>::size;
+    constexpr int W = Packed<floatX>::size;
     if (N == 0 || OC == 0) return;
     if (dout_stride == 0) dout_stride = OC;
-    if (OC % V == 0 && dout_stride % V == 0 && aligned16(dout))
-        bias_backward_launch<V>(stream, db, dout, N, OC, dout_stride);
+    if (OC % W == 0 && dout_stride % W == 0 && aligned16(dout))
+        bias_backward_launch<W>(stream, db, dout, N, OC, dout_stride);
     else
         bias_backward_launch<1>(stream, db, dout, N, OC, dout_stride);
 }
 
 // x += y over n numbers.
-template <class T>
-__global__ void add_kernel(T* x, const T* y, int64_t n) {
+__global__ void add_kernel(float* x, const float* y, int64_t n) {
     int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
     if (i < n) x[i] += y[i];
 }
@@ -305,10 +268,9 @@ __global__ void add_kernel(T* x, const T* y, int64_t n) {
 // --------------------------------------------------------------------------------------------------------------------------------------------------
 // 3. Plans
 
-// All that cuBLASLt's choice may depend on, so that two calls with the same key are computed in the same way:
-//   0 ta  1 tb  2 M  3 N  4 K  5 lda  6 ldb  7 ldc  8 bytes of an element of C  9 beta != 0  10 cuBLASLt's epilogue, 0: none it has  11 residual
-//   12 13 14 15 16 alignment of A, B, C, (M,N) arrays of the epilogue, bias  17 number of products  18 19 20 strides between them
+// All that cuBLASLt's choice may depend on (matmul_key() has the list), so that two calls with the same key are computed in the same way.
 using MatmulKey = std::array<int64_t, 21>;
+enum { KEY_EPILOGUE = 10, KEY_ALIGN_A = 12, KEY_ALIGN_B, KEY_ALIGN_C, KEY_ALIGN_MATRIX, KEY_ALIGN_BIAS };
 
 struct MatmulPlan {
     enum How { UNDECIDED, CUBLASLT, SEPARATE, OWN };  // SEPARATE: the product by itself, which has a plan of its own, then the epilogue's kernels
@@ -357,8 +319,8 @@ inline void load_matmul_plans(const std::string& text) {
     std::string line, header = matmul_plans_header();
     std::getline(lines, line);
     if (line != header)
-        data_error("'%.160s' do not fit here, where they would be '%s': delete them to have new ones (results may then differ in their last bits)", line.c_str(),
-                   header.c_str());
+        data_error("'%.160s' do not fit here, where they would be '%s': delete them to have new ones (results may then differ in their last bits)",
+                   line.c_str(), header.c_str());
     std::map<MatmulKey, MatmulPlan> plans;
     for (int number = 2; std::getline(lines, line); number++) {
         std::istringstream words(line);
@@ -403,10 +365,27 @@ inline MatmulKey matmul_key(const MatmulCall<Out>& call) {
     const MatmulEpilogue& e = call.epilogue;
     MatmulBatch batch = call.batch.count == 1 ? MatmulBatch{} : call.batch;
     const floatX* matrix = e.residual ? e.residual : e.gelu_input ? e.gelu_input : e.dgelu_input;
-    return {call.ta, call.tb, call.M, call.N, call.K, call.lda, call.ldb, call.ldc, (int64_t)sizeof(Out), call.beta != 0, cublaslt_epilogue(call),
-            e.residual != nullptr, matmul_alignment(call.A, {call.lda, batch.a}), matmul_alignment(call.B, {call.ldb, batch.b}),
-            matmul_alignment(call.C, {call.ldc, batch.c}), matmul_alignment(matrix, {call.ldc, batch.c}), matmul_alignment(e.bias, {}), batch.count, batch.a,
-            batch.b, batch.c};
+    return {call.ta,
+            call.tb,
+            call.M,
+            call.N,
+            call.K,
+            call.lda,
+            call.ldb,
+            call.ldc,
+            (int64_t)sizeof(Out),
+            call.beta != 0,
+            cublaslt_epilogue(call),  // 0: none it has
+            e.residual != nullptr,
+            matmul_alignment(call.A, {call.lda, batch.a}),
+            matmul_alignment(call.B, {call.ldb, batch.b}),
+            matmul_alignment(call.C, {call.ldc, batch.c}),
+            matmul_alignment(matrix, {call.ldc, batch.c}),
+            matmul_alignment(e.bias, {}),
+            batch.count,
+            batch.a,
+            batch.b,
+            batch.c};
 }
 
 // --------------------------------------------------------------------------------------------------------------------------------------------------
@@ -471,15 +450,15 @@ inline std::vector<cublasLtMatmulAlgo_t> matmul_candidates(const MatmulCall<Out>
     };
     set(CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, (uint64_t)CUBLASLT_WORKSPACE);
     set(CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, exact_reductions);
-    set(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, (uint32_t)key[13]);  // B comes first
-    set(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, (uint32_t)key[12]);
-    set(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, (uint32_t)(call.epilogue.residual ? key[15] : key[14]));
-    set(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, (uint32_t)key[14]);
+    set(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, (uint32_t)key[KEY_ALIGN_B]);  // B comes first
+    set(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, (uint32_t)key[KEY_ALIGN_A]);
+    set(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, (uint32_t)(call.epilogue.residual ? key[KEY_ALIGN_MATRIX] : key[KEY_ALIGN_C]));
+    set(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, (uint32_t)key[KEY_ALIGN_C]);
     // It does not follow the epilogue's pointers, but reads off them how they are aligned: as the key says, and no better.
     MatmulCall<Out> aligned = call;
-    if (call.epilogue.gelu_input) aligned.epilogue.gelu_input = (floatX*)(uintptr_t)key[15];
-    if (call.epilogue.dgelu_input) aligned.epilogue.dgelu_input = (const floatX*)(uintptr_t)key[15];
-    if (call.epilogue.bias) aligned.epilogue.bias = (const floatX*)(uintptr_t)key[16];
+    if (call.epilogue.gelu_input) aligned.epilogue.gelu_input = (floatX*)(uintptr_t)key[KEY_ALIGN_MATRIX];
+    if (call.epilogue.dgelu_input) aligned.epilogue.dgelu_input = (const floatX*)(uintptr_t)key[KEY_ALIGN_MATRIX];
+    if (call.epilogue.bias) aligned.epilogue.bias = (const floatX*)(uintptr_t)key[KEY_ALIGN_BIAS];
     set_epilogue_pointers(aligned, plan);
 
     std::array<cublasLtMatmulHeuristicResult_t, 16> results;
@@ -511,7 +490,7 @@ inline cublasStatus_t launch_cublaslt(cudaStream_t stream, const MatmulCall<Out>
         return status;
     }
     if (e.bias_gradient) {  // cuBLASLt has overwritten a vector of (M), where ours is to be added to
-        add_kernel<float><<<(unsigned)ceil_div(call.M, 256), 256, 0, stream>>>(e.bias_gradient, (const float*)(workspace() + CUBLASLT_WORKSPACE), call.M);
+        add_kernel<<<(unsigned)ceil_div(call.M, 256), 256, 0, stream>>>(e.bias_gradient, (const float*)(workspace() + CUBLASLT_WORKSPACE), call.M);
         LAUNCH_CHECK();
     }
     return status;
@@ -587,7 +566,7 @@ inline bool matmul_tune(cudaStream_t stream, const MatmulCall<Out>& call, Matmul
 // The first call of a plan. True: the call has been done on the way.
 template <class Out>
 inline bool matmul_decide(cudaStream_t stream, const MatmulCall<Out>& call, const MatmulKey& key, MatmulPlan& plan) {
-    if (key[10] != 0) {
+    if (key[KEY_EPILOGUE] != 0) {
         matmul_describe(call, plan);
         std::vector<cublasLtMatmulAlgo_t> list = matmul_candidates(call, key, plan);
         if (matmul_tuning()) {
@@ -634,21 +613,21 @@ void matmul(cudaStream_t stream, Transpose ta, Transpose tb, int64_t M, int64_t 
     MatmulPlan& plan = matmul_plan_map()[key];
     if (plan.how == MatmulPlan::UNDECIDED && matmul_decide(stream, call, key, plan)) return;
     switch (plan.how) {
-    case MatmulPlan::CUBLASLT:
-        if (!plan.described) {  // it has been loaded
-            matmul_describe(call, plan);
-            set_epilogue_pointers(call, plan);
-            cublasLtMatmulHeuristicResult_t result;
-            CUBLAS_CHECK(cublasLtMatmulAlgoCheck(cublaslt(), &plan.operation, &plan.b, &plan.a, &plan.c, &plan.c, &plan.algorithm, &result));
-            if (result.workspaceSize > CUBLASLT_WORKSPACE) data_error("the matmul plans are damaged: delete them to have new ones");
-        }
-        CUBLAS_CHECK(launch_cublaslt(stream, call, plan, plan.algorithm));
-        break;
-    case MatmulPlan::SEPARATE:
-        matmul_separate(stream, call);
-        break;
-    default:
-        matmul_own(stream, call);
+        case MatmulPlan::CUBLASLT:
+            if (!plan.described) {  // it has been loaded
+                matmul_describe(call, plan);
+                set_epilogue_pointers(call, plan);
+                cublasLtMatmulHeuristicResult_t result;
+                CUBLAS_CHECK(cublasLtMatmulAlgoCheck(cublaslt(), &plan.operation, &plan.b, &plan.a, &plan.c, &plan.c, &plan.algorithm, &result));
+                if (result.workspaceSize > CUBLASLT_WORKSPACE) data_error("the matmul plans are damaged: delete them to have new ones");
+            }
+            CUBLAS_CHECK(launch_cublaslt(stream, call, plan, plan.algorithm));
+            break;
+        case MatmulPlan::SEPARATE:
+            matmul_separate(stream, call);
+            break;
+        default:
+            matmul_own(stream, call);
     }
 }
 

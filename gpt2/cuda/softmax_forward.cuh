@@ -512,51 +512,54 @@ __device__ __forceinline__ void finish_rows(const SoftmaxAttention& a, int h, in
 template <int DQK, int DV, int KEYS, int MT>
 struct Shape5 {
     static constexpr int ROWS = 64 * MT, NT = KEYS / 8;
-    static constexpr int Q_BYTES = ROWS * DQK * 2, K_BYTES = KEYS * DQK * 2, V_BYTES = KEYS * DV * 2, BYTES = Q_BYTES + 2 * (K_BYTES + V_BYTES);
+    static constexpr int Q_BYTES = ROWS * DQK * 2, K_BYTES = KEYS * DQK * 2, KV_BYTES = K_BYTES + KEYS * DV * 2, BYTES = Q_BYTES + 2 * KV_BYTES;
     // Blocks that a multiprocessor is to hold, which limits the registers of a thread to 128, 168, 255.
     static constexpr int BLOCKS = MT == 1 ? (DV <= 64 ? 4 : 2) : (DV <= 64 ? 3 : 2);
 };
 
 template <int DQK, int DV, int KEYS, int MT, bool DROPOUT>
 __global__ void __launch_bounds__(THREADS, Shape5<DQK, DV, KEYS, MT>::BLOCKS)
-    softmax_forward_kernel5(SoftmaxAttention a, floatX* o, int64_t o_stride, float* lse, int tiles) {
+    softmax_forward_kernel5(SoftmaxAttention a, floatX* o, int64_t o_stride, float* lse, int tiles, float scale) {
     using Shape = Shape5<DQK, DV, KEYS, MT>;
     constexpr int ROWS = Shape::ROWS, NT = Shape::NT;
     extern __shared__ __align__(128) int4 softmax_forward_shared[];
-    Block b;
-    if (!find_block(a, tiles, ROWS, &b)) return;
-    const Range range = find_range(a, b, ROWS, KEYS, DROPOUT);
-    const int row = threadIdx.x / 32 * (16 * MT), rows = range.n_q - b.start - row;  // the warp's first row in the tile; how many from it on exist
+    __shared__ Block b;
+    Block found;
+    if (!find_block(a, tiles, ROWS, &found)) return;
+    b = found;
+    const Range range = find_range(a, found, ROWS, KEYS, DROPOUT);
+    const int row = threadIdx.x / 32 * (16 * MT), rows = range.n_q - found.start - row;  // the warp's first row in the tile; how many from it on exist
     const int first = range.first + row, last = first + 16 * MT - 1;                 // positions of the warp's rows
     const uint32_t shared_q = (uint32_t)__cvta_generic_to_shared(softmax_forward_shared);
-    uint32_t shared_k = shared_q + Shape::Q_BYTES, next_k = shared_k + Shape::K_BYTES + Shape::V_BYTES;
+    const uint32_t shared_kv = shared_q + Shape::Q_BYTES;
+    int now = 0;  // at an offset of so many bytes stands this tile, at KV_BYTES − now the next one
     int j0 = range.begin;
-    const floatX* k = a.k + (a.cu_k[b.seq] + j0 + TileThread<DQK>::row()) * a.k_stride + b.kv_head * a.k_head + TileThread<DQK>::column();
-    const floatX* v = a.v + (a.cu_k[b.seq] + j0 + TileThread<DV>::row()) * a.v_stride + b.kv_head * a.v_head + TileThread<DV>::column();
+    const floatX* k = a.k + (a.cu_k[found.seq] + j0 + TileThread<DQK>::row()) * a.k_stride + found.kv_head * a.k_head + TileThread<DQK>::column();
+    const floatX* v = a.v + (a.cu_k[found.seq] + j0 + TileThread<DV>::row()) * a.v_stride + found.kv_head * a.v_head + TileThread<DV>::column();
     if (j0 < range.end) {
-        const floatX* q = a.q + (a.cu_q[b.seq] + b.start + TileThread<DQK>::row()) * a.q_stride + b.head * (int64_t)a.d_qk + TileThread<DQK>::column();
-        load_tile<DQK, ROWS>(shared_q, q, a.q_stride, b.start, range.n_q, a.d_qk);
-        load_tile<DQK, KEYS>(shared_k, k, a.k_stride, j0, range.n_k, a.d_qk);
-        load_tile<DV, KEYS>(shared_k + Shape::K_BYTES, v, a.v_stride, j0, range.n_k, a.d_v);
+        const floatX* q = a.q + (a.cu_q[found.seq] + found.start + TileThread<DQK>::row()) * a.q_stride + found.head * (int64_t)a.d_qk + TileThread<DQK>::column();
+        load_tile<DQK, ROWS>(shared_q, q, a.q_stride, found.start, range.n_q, a.d_qk);
+        load_tile<DQK, KEYS>(shared_kv, k, a.k_stride, j0, range.n_k, a.d_qk);
+        load_tile<DV, KEYS>(shared_kv + Shape::K_BYTES, v, a.v_stride, j0, range.n_k, a.d_v);
     }
 
     float acc[MT][DV / 8][4] = {}, m[MT][2], l[MT][2] = {};
 #pragma unroll
     for (int mt = 0; mt < MT; mt++) m[mt][0] = m[mt][1] = -INFINITY;
-    const float scale = a.scale * LOG2E;
     for (; j0 < range.end; j0 += KEYS) {
         copy_async_wait();
         __syncthreads();  // this tile has come, and the one before has been read by all warps
         if (j0 + KEYS < range.end) {
             k += KEYS * a.k_stride;
             v += KEYS * a.v_stride;
-            load_tile<DQK, KEYS>(next_k, k, a.k_stride, j0 + KEYS, range.n_k, a.d_qk);
-            load_tile<DV, KEYS>(next_k + Shape::K_BYTES, v, a.v_stride, j0 + KEYS, range.n_k, a.d_v);
+            const uint32_t next = shared_kv + Shape::KV_BYTES - now;
+            load_tile<DQK, KEYS>(next, k, a.k_stride, j0 + KEYS, range.n_k, a.d_qk);
+            load_tile<DV, KEYS>(next + Shape::K_BYTES, v, a.v_stride, j0 + KEYS, range.n_k, a.d_v);
         }
         // Unless no row of this warp sees any of the tile's keys:
         if (rows > 0 && j0 <= last && (a.window == 0 || j0 + KEYS - 1 > first - a.window)) {
             float s[MT][NT][4] = {};
-            multiply_qk<Swizzled, DQK>(s, shared_q + row * (DQK * 2), shared_k);
+            multiply_qk<Swizzled, DQK>(s, shared_q + row * (DQK * 2), shared_kv + now);
             // Unless every row sees all of them:
             if (j0 + KEYS - 1 > first || j0 < 0 || j0 + KEYS > range.n_k || (a.window > 0 && j0 <= last - a.window))
                 mask_scores(s, first - j0, a.window, -j0, range.n_k - j0);
@@ -567,11 +570,9 @@ __global__ void __launch_bounds__(THREADS, Shape5<DQK, DV, KEYS, MT>::BLOCKS)
 #pragma unroll
                 for (int mt = 0; mt < MT; mt++) drop_weights(s[mt], a, drop, first + mt * 16, j0);
             }
-            multiply_pv<Swizzled, DV>(acc, s, shared_k + Shape::K_BYTES);
+            multiply_pv<Swizzled, DV>(acc, s, shared_kv + now + Shape::K_BYTES);
         }
-        uint32_t swap = shared_k;
-        shared_k = next_k;
-        next_k = swap;
+        now = Shape::KV_BYTES - now;
     }
     if (rows <= 0) return;
     finish_rows<DV>(a, b.head, a.cu_q[b.seq] + b.start + row, rows, o, o_stride, lse, acc, m, l, DROPOUT ? a.dropout.scale : 1,
@@ -585,7 +586,7 @@ inline void launch5(cudaStream_t stream, const SoftmaxAttention& a, floatX* o, i
     if (grid.blocks == 0) return;
     auto kernel = softmax_forward_kernel5<DQK, DV, KEYS, MT, DROPOUT>;
     allow_shared_memory(kernel, Shape::BYTES);
-    kernel<<<grid.blocks, THREADS, Shape::BYTES, stream>>>(a, o, o_stride, lse, grid.tiles);
+    kernel<<<grid.blocks, THREADS, Shape::BYTES, stream>>>(a, o, o_stride, lse, grid.tiles, a.scale * LOG2E);
     LAUNCH_CHECK();
 }
 
