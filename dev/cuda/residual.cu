@@ -46,52 +46,55 @@ static bool run(int version, cudaStream_t stream, floatX* out, const floatX* bas
     return true;
 }
 
+constexpr uint64_t seed = 0x123456789abcdef;
+constexpr uint32_t step = 1234567;
+constexpr int64_t first_row = 3000000001;  // counters wrap around as the CPU's do
+constexpr int layer = 5, layers = 12;
+
+// What is added: nothing; another array; what stands in `out`.
+enum Base { NONE, APART, OUT };
+constexpr const char* base_names[] = {"no base", "base", "base = out"};
+
+static void check(Ladder& ladder, const PassCounters* pass, int64_t N, int64_t C) {
+    std::vector<cpu::TokenPlace> place;
+    std::vector<TokenPlace> device_place;
+    for (int64_t n = 0; n < N; n++) {  // sequences of 7 tokens and, between them, of 3
+        int k = (int)(n % 10), late = k >= 7;
+        place.push_back({(int)(n / 10) * 2 + late, late ? k - 7 : k});
+        device_place.push_back({place[n].seq, place[n].pos});
+    }
+    std::vector<float> x = random_numbers(N * C, 1), base = random_numbers(N * C, 2);
+    DeviceArray<floatX> d_x(x), d_base(base), d_out(N * C);
+    DeviceArray<TokenPlace> d_place(device_place);
+    for (double p : {0.0, 0.1, 0.5})
+        for (Base kind : {NONE, APART, OUT}) {
+            DropoutKey key = dropout_key(p, seed, layer, layers, pass);
+            std::vector<float> out(N * C);
+            cpu::dropout_add(out.data(), kind == NONE ? nullptr : base.data(), x.data(), {p, seed, step * layers + layer, first_row}, cpu::DROP_MLP,
+                             place.data(), N, C);
+            std::string shape = format("N=%ld C=%ld p=%g %s", (long)N, (long)C, p, base_names[kind]);
+            const floatX* from = kind == NONE ? nullptr : kind == APART ? d_base.data : d_out.data;
+            ladder.check(shape, {kind == OUT ? accumulated("out", d_out, base, out) : output("out", d_out, out)},
+                         [&](int version) { return run(version, ladder.stream, d_out, from, d_x, key, DROP_MLP, d_place, N, C); });
+            if (kind == OUT) continue;
+            ladder.check(shape + " out = x", {accumulated("out", d_out, x, out)},
+                         [&](int version) { return run(version, ladder.stream, d_out, from, d_out, key, DROP_MLP, d_place, N, C); });
+        }
+    // The same one number further on: no row starts at a multiple of 16 bytes.
+    int64_t rows = N - 1;
+    if (rows == 0) return;
+    std::vector<float> shifted(x.begin() + 1, x.end()), before(N * C, 7), out = before;
+    cpu::dropout_add(&out[1], nullptr, shifted.data(), {0.1, seed, step * layers + layer, first_row}, cpu::DROP_EMBEDDING, place.data(), rows, C);
+    ladder.check(format("N=%ld C=%ld, not aligned", (long)rows, (long)C), {accumulated("out", d_out, before, out)}, [&](int version) {
+        return run(version, ladder.stream, d_out + 1, nullptr, d_x + 1, dropout_key(0.1, seed, layer, layers, pass), DROP_EMBEDDING, d_place, rows, C);
+    });
+}
+
 int main(int argc, char** argv) {
     Ladder ladder("residual", {"a thread a number", "a thread a call of Philox: four channels", "a warp a row, 16 bytes a lane (in use)"}, argc, argv);
-
-    constexpr uint64_t seed = 0x123456789abcdef;
-    constexpr uint32_t step = 1234567;
-    constexpr int64_t first_row = 3000000001;  // counters wrap around as the CPU's do
-    constexpr int layer = 5, layers = 12;
     DeviceArray<PassCounters> pass(std::vector<PassCounters>{{step, first_row}});
-
-    enum Base { NONE, APART, OUT };  // what is added: nothing; another array; what stands in `out`
-    const char* base_names[] = {"no base", "base", "base = out"};
-    for (auto [N, C] : {std::pair<int64_t, int64_t>{1, 1}, {5, 6}, {77, 33}, {19, 36}, {33, 64}, {100, 1600}, {1027, 768}}) {
-        std::vector<cpu::TokenPlace> place;
-        std::vector<TokenPlace> device_place;
-        for (int64_t n = 0; n < N; n++) {  // sequences of 7 tokens and, between them, of 3
-            int k = (int)(n % 10), seq = (int)(n / 10) * 2 + (k >= 7);
-            place.push_back({seq, k >= 7 ? k - 7 : k});
-            device_place.push_back({place[n].seq, place[n].pos});
-        }
-        std::vector<float> x = random_numbers(N * C, 1), base = random_numbers(N * C, 2);
-        DeviceArray<floatX> d_x(x), d_base(base), d_out(N * C);
-        DeviceArray<TokenPlace> d_place(device_place);
-        for (double p : {0.0, 0.1, 0.5})
-            for (Base kind : {NONE, APART, OUT}) {
-                cpu::DropoutKey key{p, seed, step * layers + layer, first_row};
-                DropoutKey d_key = dropout_key(p, seed, layer, layers, pass);
-                std::vector<float> out(N * C);
-                cpu::dropout_add(out.data(), kind == NONE ? nullptr : base.data(), x.data(), key, cpu::DROP_MLP, place.data(), N, C);
-                const floatX* from = kind == NONE ? nullptr : kind == APART ? d_base.data : d_out.data;
-                std::string shape = format("N=%ld C=%ld p=%g %s", (long)N, (long)C, p, base_names[kind]);
-                ladder.check(shape, {kind == OUT ? accumulated("out", d_out, base, out) : output("out", d_out, out)},
-                             [&](int version) { return run(version, ladder.stream, d_out, from, d_x, d_key, DROP_MLP, d_place, N, C); });
-                if (kind == OUT) continue;
-                ladder.check(shape + " out = x", {accumulated("out", d_out, x, out)},
-                             [&](int version) { return run(version, ladder.stream, d_out, kind == NONE ? nullptr : d_base.data, d_out, d_key, DROP_MLP, d_place, N, C); });
-            }
-        // Rows that are long enough for 16 bytes a lane, but start elsewhere.
-        if (N * C > 8) {
-            int64_t rows = (N * C - 1) / C;
-            std::vector<float> shifted(x.begin() + 1, x.begin() + 1 + rows * C), out(N * C, 7);
-            cpu::dropout_add(out.data(), nullptr, shifted.data(), {0.1, seed, step * layers + layer, first_row}, cpu::DROP_EMBEDDING, place.data(), rows, C);
-            ladder.check(format("N=%ld C=%ld, not aligned", (long)rows, (long)C), {accumulated("out", d_out, std::vector<float>(N * C, 7), out)}, [&](int version) {
-                return run(version, ladder.stream, d_out, nullptr, d_x + 1, dropout_key(0.1, seed, layer, layers, pass), DROP_EMBEDDING, d_place, rows, C);
-            });
-        }
-    }
+    int64_t shapes[][2] = {{1, 1}, {5, 6}, {77, 33}, {19, 36}, {33, 64}, {100, 1600}, {1027, 768}};
+    for (auto [N, C] : shapes) check(ladder, pass, N, C);
 
     int64_t N = 65536, C = 768;
     std::vector<float> some = random_numbers(1 << 20, 3), x(N * C);

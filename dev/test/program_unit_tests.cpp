@@ -19,7 +19,7 @@
 #include "gpt2/sampler.h"
 #include "gpt2/schedule.h"
 
-bool trainer_on_gpu() { return false; }  // which trainer the options are for
+bool trainer_on_gpu() { return true; }  // whose options are the most
 
 // ----------------------------------------------------------------------------
 // Schedules

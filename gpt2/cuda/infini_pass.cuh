@@ -277,7 +277,7 @@ inline void infini_begin(cudaStream_t stream, InfiniPass& p, const int* cu_seqle
                          float* memories, Scratch& scratch) {
     p.cu_seqlens = cu_seqlens;
     p.place = place;
-    p.keys = p.qkv = qkv;
+    p.qkv = qkv;
     p.memories = memories;
     p.segments = scratch.take<InfiniSegment>(p.max_segments);
     p.sequences = scratch.take<InfiniSequence>(p.num_seqs + 1);

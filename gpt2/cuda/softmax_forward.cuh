@@ -30,7 +30,14 @@ constexpr int THREADS = 128;
 // ---- which block does what, and which keys it needs -----------------------------------------------------------------------------------------------------
 
 struct Block {
-    int seq, head, kv_head, start;  // start: the first query of the block's tile, counted in its sequence
+    int seq, head, start;  // start: the block's first query, counted in its sequence
+    int n_q, n_k;          // of the sequence
+    int first;             // position of the first query
+    // Where the first tile of keys begins, and behind the last key that some query sees; nothing to see if begin >= end. Tiles begin at multiples of their
+    // size, but under dropout where four neighbouring keys begin that share a Philox call: a segment may begin in the midst of four, and its first tile up to
+    // 3 keys before it. Keys before 0 are masked like those behind n_k.
+    int begin, end;
+    const floatX *q, *k, *v;  // the block's head: of the first query of the block, of the sequence's first key
 };
 
 // The grid is one-dimensional, since only x has room for very many sequences. The tiles of one head of one sequence are neighbours, so that its keys are read
@@ -39,7 +46,7 @@ struct Block {
 //     tiles = 0, for ragged batches: blocks go by slots of `heads` blocks. Sequence s owns the slots from ⌊cu_q[s]/rows⌋ + s to the next sequence's; these
 //     are as many as its tiles or one more, and the whole grid has q_rows/rows + num_seqs of them.
 // False: nothing to do for this block.
-__device__ inline bool find_block(const SoftmaxAttention& a, int tiles, int rows, Block* b) {
+__device__ inline bool find_tile(const SoftmaxAttention& a, int tiles, int rows, Block* b) {
     int x = blockIdx.x, s = 0;
     if (tiles > 0) {
         s = x / tiles / a.heads;
@@ -61,11 +68,9 @@ __device__ inline bool find_block(const SoftmaxAttention& a, int tiles, int rows
         if (x < 0 || b->head >= a.heads) return false;  // before the first sequence, behind the last
     }
     b->seq = s;
-    b->kv_head = b->head * a.kv_heads / a.heads;
     b->start = (tiles - 1 - x % tiles) * rows;
     return b->start < a.q_len(s);
 }
-
 struct Grid {
     int blocks, tiles;
 };
@@ -76,25 +81,20 @@ inline Grid make_grid(const SoftmaxAttention& a, int rows) {
     return {(int)blocks, equal <= ragged ? (int)tiles : 0};
 }
 
-// What a block works on.
-struct Range {
-    int n_q, n_k;  // of the sequence
-    int first;     // position of the block's first query
-    // Where the first tile of keys begins, and behind the last key that some query sees; nothing to see if begin >= end. Tiles begin at multiples of their
-    // size, but for dropout where four neighbouring keys begin that share a Philox call: a segment may begin in the midst of four, and its first tile up to 3 keys
-    // before it. Keys before 0 are masked like those behind n_k.
-    int begin, end;
-};
-__device__ inline Range find_range(const SoftmaxAttention& a, const Block& b, int rows, int size, bool dropout) {
-    Range r;
-    r.n_q = a.q_len(b.seq);
-    r.n_k = a.k_len(b.seq);
-    r.first = a.position(b.seq, b.start);
-    int shift = dropout && a.drop_pos ? a.drop_pos[b.seq] % 4 : 0;
-    int last = min(r.first + min(rows, r.n_q - b.start), r.n_k) - 1;
-    r.begin = (a.window > 0 ? (max(0, r.first - a.window + 1) + shift) / size * size : 0) - shift;
-    r.end = last + 1;
-    return r;
+// `rows` queries and `keys` keys a tile.
+__device__ inline bool find_block(const SoftmaxAttention& a, int tiles, int rows, int keys, bool dropout, Block* b) {
+    if (!find_tile(a, tiles, rows, b)) return false;
+    int s = b->seq, g = b->head * a.kv_heads / a.heads;
+    b->n_q = a.q_len(s);
+    b->n_k = a.k_len(s);
+    b->first = a.position(s, b->start);
+    int shift = dropout && a.drop_pos ? a.drop_pos[s] % 4 : 0;
+    b->begin = (a.window > 0 ? (max(0, b->first - a.window + 1) + shift) / keys * keys : 0) - shift;
+    b->end = min(b->first + min(rows, b->n_q - b->start), b->n_k);
+    b->q = a.q + (a.cu_q[s] + b->start) * a.q_stride + b->head * (int64_t)a.d_qk;
+    b->k = a.k + a.cu_k[s] * a.k_stride + g * a.k_head;
+    b->v = a.v + a.cu_k[s] * a.v_stride + g * a.v_head;
+    return true;
 }
 
 // The columns [*lo, *hi) of the tile that starts at key j0 (possibly negative) which the query at `position` sees.
@@ -159,22 +159,18 @@ __global__ void __launch_bounds__(THREADS, 3) softmax_forward_kernel2(SoftmaxAtt
     } slab;
     __shared__ float p[ROWS2][KEYS2 + 4];
     Block b;
-    if (!find_block(a, tiles, ROWS2, &b)) return;
-    Range range = find_range(a, b, ROWS2, KEYS2, dropout);
+    if (!find_block(a, tiles, ROWS2, KEYS2, dropout, &b)) return;
     int tx = threadIdx.x % 16, ty = threadIdx.x / 16, v0 = blockIdx.y * DV;
-    const floatX* q = a.q + a.cu_q[b.seq] * a.q_stride + b.head * (int64_t)a.d_qk;
-    const floatX* k = a.k + a.cu_k[b.seq] * a.k_stride + b.kv_head * a.k_head;
-    const floatX* v = a.v + a.cu_k[b.seq] * a.v_stride + b.kv_head * a.v_head;
     float scale = a.scale * LOG2E, m[8], l[8], acc[8][DV / 16] = {};
 #pragma unroll
     for (int r = 0; r < 8; r++) m[r] = -INFINITY, l[r] = 0;
 
-    for (int j0 = range.begin; j0 < range.end; j0 += KEYS2) {
+    for (int j0 = b.begin; j0 < b.end; j0 += KEYS2) {
         float s[8][4] = {};
         for (int c0 = 0; c0 < a.d_qk; c0 += SLAB) {
             __syncthreads();  // the slab before has been read
-            load_slab<ROWS2, SLAB>(slab.qk.q, q, a.q_stride, b.start, range.n_q, c0, a.d_qk);
-            load_slab<KEYS2, SLAB>(slab.qk.k, k, a.k_stride, j0, range.n_k, c0, a.d_qk);
+            load_slab<ROWS2, SLAB>(slab.qk.q, b.q, a.q_stride, 0, b.n_q - b.start, c0, a.d_qk);
+            load_slab<KEYS2, SLAB>(slab.qk.k, b.k, a.k_stride, j0, b.n_k, c0, a.d_qk);
             __syncthreads();
 #pragma unroll 2
             for (int c = 0; c < SLAB; c += 4) {
@@ -194,7 +190,7 @@ __global__ void __launch_bounds__(THREADS, 3) softmax_forward_kernel2(SoftmaxAtt
 #pragma unroll
         for (int r = 0; r < 8; r++) {
             int lo, hi;
-            visible_keys(range.first + ty + 8 * r, a.window, range.n_k, j0, &lo, &hi);
+            visible_keys(b.first + ty + 8 * r, a.window, b.n_k, j0, &lo, &hi);
             float now = m[r], rescale, sum = 0;
 #pragma unroll
             for (int u = 0; u < 4; u++) {
@@ -220,7 +216,7 @@ __global__ void __launch_bounds__(THREADS, 3) softmax_forward_kernel2(SoftmaxAtt
             Dropout drop(a, b.seq, b.head);
             for (int at = threadIdx.x; at < ROWS2 * KEYS2 / 4; at += THREADS) {
                 int row = at / (KEYS2 / 4), c = at % (KEYS2 / 4) * 4;
-                Philox random = drop.words(a, range.first + row, j0 + c);
+                Philox random = drop.words(a, b.first + row, j0 + c);
                 for (int w = 0; w < 4; w++)
                     if (random.word[w] < a.dropout.threshold) p[row][c + w] = 0;
             }
@@ -228,7 +224,7 @@ __global__ void __launch_bounds__(THREADS, 3) softmax_forward_kernel2(SoftmaxAtt
 
         for (int k0 = 0; k0 < KEYS2; k0 += SLAB) {
             __syncthreads();  // p is complete; the slab before has been read
-            load_slab<SLAB, DV>(slab.v, v, a.v_stride, j0 + k0, range.n_k, v0, a.d_v);
+            load_slab<SLAB, DV>(slab.v, b.v, a.v_stride, j0 + k0, b.n_k, v0, a.d_v);
             __syncthreads();
 #pragma unroll 1
             for (int j = 0; j < SLAB; j += 4) {
@@ -257,7 +253,7 @@ __global__ void __launch_bounds__(THREADS, 3) softmax_forward_kernel2(SoftmaxAtt
     for (int r = 0; r < 8; r++) {
         for (int offset = 8; offset > 0; offset /= 2) l[r] += __shfl_xor_sync(0xffffffff, l[r], offset);
         int i = b.start + ty + 8 * r;
-        if (i >= range.n_q) continue;
+        if (i >= b.n_q) continue;
         int64_t n = a.cu_q[b.seq] + i;
         float factor = l[r] == 0 ? 0 : (dropout ? a.dropout.scale : 1) / l[r];
 #pragma unroll
@@ -321,26 +317,19 @@ struct Swizzled {
     __device__ static uint32_t step(uint32_t address, int c) { return (address ^ 2 * c % GROUP * 16) + 2 * c / GROUP * (GROUP * 16); }
 };
 
-// Tiles are loaded 8 chunks of 16 rows at a time (or 4 of 32), a chunk a thread: as many rows as swizzling repeats after, so that all addresses of a thread
-// lie constant distances from its first.
-template <int D>
-struct TileThread {
-    static constexpr int WIDTH = Swizzled<D>::GROUP, HEIGHT = THREADS / WIDTH;
-    __device__ static int row() { return threadIdx.x / WIDTH; }
-    __device__ static int column() { return threadIdx.x % WIDTH * 8; }
-};
-
-// ROWS rows; `from` is this thread's first chunk. Rows outside [0, end), where the tile's first is `first`, and columns from d on become zeros.
+// ROWS rows from row `first` on; rows outside [0, end) and columns from d on become zeros. The block takes 8 chunks of 16 rows at a time (or 4 of 32): as many
+// rows as swizzling repeats after, so that all addresses of a thread are constant distances from its first.
 template <int D, int ROWS>
 __device__ __forceinline__ void load_tile(uint32_t to, const floatX* from, int64_t stride, int first, int end, int d) {
-    using Thread = TileThread<D>;
-    int row = Thread::row(), column = Thread::column();
-    to += 16 * Swizzled<D>::at(row, column / 8);
+    constexpr int WIDTH = Swizzled<D>::GROUP, HEIGHT = THREADS / WIDTH;
+    int row = threadIdx.x / WIDTH, chunk = threadIdx.x % WIDTH;
+    to += 16 * Swizzled<D>::at(row, chunk);
+    from += (int64_t)(first + row) * stride + chunk * 8;
 #pragma unroll
-    for (int r = 0; r < ROWS; r += Thread::HEIGHT)
+    for (int r = 0; r < ROWS; r += HEIGHT)
 #pragma unroll
-        for (int c = 0; c < D; c += Thread::WIDTH * 8)
-            copy_async(to + 2 * (r * D + c), from + r * stride + c, (unsigned)(first + row + r) < (unsigned)end && column + c < d);
+        for (int c = 0; c < D / 8; c += WIDTH)
+            copy_async(to + 16 * (r * (D / 8) + c), from + r * stride + c * 8, (unsigned)(first + row + r) < (unsigned)end && (chunk + c) * 8 < d);
 }
 
 // A warp has MT times 16 rows and NT times 8 keys. Addresses q, k, v are those of its first row, and of the tile's first key, in shared memory.
@@ -424,24 +413,24 @@ template <int NT, int DT>
 __device__ __forceinline__ void softmax_rows(float (&s)[NT][4], float (&m)[2], float (&l)[2], float (&acc)[DT][4], float scale) {
 #pragma unroll
     for (int half = 0; half < 2; half++) {
-        float now = m[half], sum = 0;
+        float now = m[half];
 #pragma unroll
         for (int nt = 0; nt < NT; nt++) now = fmaxf(now, fmaxf(s[nt][half * 2], s[nt][half * 2 + 1]));
         now = fmaxf(now, __shfl_xor_sync(0xffffffff, now, 1));
         now = fmaxf(now, __shfl_xor_sync(0xffffffff, now, 2));
         float shift = now == -INFINITY ? 0 : now * scale;  // a row without a key so far: −inf − (−inf) would be NaN
         float rescale = exp2_fast(m[half] * scale - shift);
+        m[half] = now;
+        l[half] *= rescale;
+#pragma unroll
+        for (int c = 0; c < DT; c++) acc[c][half * 2] *= rescale, acc[c][half * 2 + 1] *= rescale;
 #pragma unroll
         for (int nt = 0; nt < NT; nt++)
 #pragma unroll
             for (int e = half * 2; e < half * 2 + 2; e++) {
                 s[nt][e] = exp2_fast(s[nt][e] * scale - shift);  // exactly 0 for −inf
-                sum += s[nt][e];
+                l[half] += s[nt][e];
             }
-        m[half] = now;
-        l[half] = l[half] * rescale + sum;
-#pragma unroll
-        for (int c = 0; c < DT; c++) acc[c][half * 2] *= rescale, acc[c][half * 2 + 1] *= rescale;
     }
 }
 
@@ -523,46 +512,40 @@ __global__ void __launch_bounds__(THREADS, Shape5<DQK, DV, KEYS, MT>::BLOCKS)
     using Shape = Shape5<DQK, DV, KEYS, MT>;
     constexpr int ROWS = Shape::ROWS, NT = Shape::NT;
     extern __shared__ __align__(128) int4 softmax_forward_shared[];
-    __shared__ Block b;
+    __shared__ Block b;  // not in registers, of which there are too few
     Block found;
-    if (!find_block(a, tiles, ROWS, &found)) return;
-    b = found;
-    const Range range = find_range(a, found, ROWS, KEYS, DROPOUT);
-    const int row = threadIdx.x / 32 * (16 * MT), rows = range.n_q - found.start - row;  // the warp's first row in the tile; how many from it on exist
-    const int first = range.first + row, last = first + 16 * MT - 1;                 // positions of the warp's rows
+    if (!find_block(a, tiles, ROWS, KEYS, DROPOUT, &found)) return;
+    if (threadIdx.x == 0) b = found;
+    __syncthreads();
+    const int row = threadIdx.x / 32 * (16 * MT);                     // the warp's first row in the tile
+    const int first = b.first + row, last = first + 16 * MT - 1;  // positions of the warp's rows
     const uint32_t shared_q = (uint32_t)__cvta_generic_to_shared(softmax_forward_shared);
-    const uint32_t shared_kv = shared_q + Shape::Q_BYTES;
-    int now = 0;  // at an offset of so many bytes stands this tile, at KV_BYTES − now the next one
-    int j0 = range.begin;
-    const floatX* k = a.k + (a.cu_k[found.seq] + j0 + TileThread<DQK>::row()) * a.k_stride + found.kv_head * a.k_head + TileThread<DQK>::column();
-    const floatX* v = a.v + (a.cu_k[found.seq] + j0 + TileThread<DV>::row()) * a.v_stride + found.kv_head * a.v_head + TileThread<DV>::column();
-    if (j0 < range.end) {
-        const floatX* q = a.q + (a.cu_q[found.seq] + found.start + TileThread<DQK>::row()) * a.q_stride + found.head * (int64_t)a.d_qk + TileThread<DQK>::column();
-        load_tile<DQK, ROWS>(shared_q, q, a.q_stride, found.start, range.n_q, a.d_qk);
-        load_tile<DQK, KEYS>(shared_kv, k, a.k_stride, j0, range.n_k, a.d_qk);
-        load_tile<DV, KEYS>(shared_kv + Shape::K_BYTES, v, a.v_stride, j0, range.n_k, a.d_v);
-    }
+    auto load_keys = [&](int j0, uint32_t to) {
+        load_tile<DQK, KEYS>(to, b.k, a.k_stride, j0, b.n_k, a.d_qk);
+        load_tile<DV, KEYS>(to + Shape::K_BYTES, b.v, a.v_stride, j0, b.n_k, a.d_v);
+    };
 
     float acc[MT][DV / 8][4] = {}, m[MT][2], l[MT][2] = {};
 #pragma unroll
     for (int mt = 0; mt < MT; mt++) m[mt][0] = m[mt][1] = -INFINITY;
-    for (; j0 < range.end; j0 += KEYS) {
+    uint32_t shared_k = shared_q + Shape::Q_BYTES;  // of the two buffers that which holds this tile
+    int j0 = b.begin;
+    if (j0 < b.end) {
+        load_tile<DQK, ROWS>(shared_q, b.q, a.q_stride, 0, b.n_q - b.start, a.d_qk);
+        load_keys(j0, shared_k);
+    }
+    for (; j0 < b.end; j0 += KEYS) {
         copy_async_wait();
         __syncthreads();  // this tile has come, and the one before has been read by all warps
-        if (j0 + KEYS < range.end) {
-            k += KEYS * a.k_stride;
-            v += KEYS * a.v_stride;
-            const uint32_t next = shared_kv + Shape::KV_BYTES - now;
-            load_tile<DQK, KEYS>(next, k, a.k_stride, j0 + KEYS, range.n_k, a.d_qk);
-            load_tile<DV, KEYS>(next + Shape::K_BYTES, v, a.v_stride, j0 + KEYS, range.n_k, a.d_v);
-        }
-        // Unless no row of this warp sees any of the tile's keys:
-        if (rows > 0 && j0 <= last && (a.window == 0 || j0 + KEYS - 1 > first - a.window)) {
+        uint32_t next_k = 2 * (shared_q + Shape::Q_BYTES) + Shape::KV_BYTES - shared_k;
+        if (j0 + KEYS < b.end) load_keys(j0 + KEYS, next_k);
+        // Unless no row of this warp sees any of these keys:
+        if (b.start + row < b.n_q && j0 <= last && (a.window == 0 || j0 + KEYS - 1 > first - a.window)) {
             float s[MT][NT][4] = {};
-            multiply_qk<Swizzled, DQK>(s, shared_q + row * (DQK * 2), shared_kv + now);
+            multiply_qk<Swizzled, DQK>(s, shared_q + row * (DQK * 2), shared_k);
             // Unless every row sees all of them:
-            if (j0 + KEYS - 1 > first || j0 < 0 || j0 + KEYS > range.n_k || (a.window > 0 && j0 <= last - a.window))
-                mask_scores(s, first - j0, a.window, -j0, range.n_k - j0);
+            if (j0 + KEYS - 1 > first || j0 < 0 || j0 + KEYS > b.n_k || (a.window > 0 && j0 <= last - a.window))
+                mask_scores(s, first - j0, a.window, -j0, b.n_k - j0);
 #pragma unroll
             for (int mt = 0; mt < MT; mt++) softmax_rows(s[mt], m[mt], l[mt], acc[mt], scale);
             if constexpr (DROPOUT) {
@@ -570,13 +553,13 @@ __global__ void __launch_bounds__(THREADS, Shape5<DQK, DV, KEYS, MT>::BLOCKS)
 #pragma unroll
                 for (int mt = 0; mt < MT; mt++) drop_weights(s[mt], a, drop, first + mt * 16, j0);
             }
-            multiply_pv<Swizzled, DV>(acc, s, shared_kv + now + Shape::K_BYTES);
+            multiply_pv<Swizzled, DV>(acc, s, shared_k + Shape::K_BYTES);
         }
-        now = Shape::KV_BYTES - now;
+        shared_k = next_k;
     }
-    if (rows <= 0) return;
-    finish_rows<DV>(a, b.head, a.cu_q[b.seq] + b.start + row, rows, o, o_stride, lse, acc, m, l, DROPOUT ? a.dropout.scale : 1,
-                    softmax_forward_shared + row * (DQK / 8));
+    if (b.start + row < b.n_q)
+        finish_rows<DV>(a, b.head, a.cu_q[b.seq] + b.start + row, b.n_q - b.start - row, o, o_stride, lse, acc, m, l, DROPOUT ? a.dropout.scale : 1,
+                        softmax_forward_shared + row * (DQK / 8));
 }
 
 template <int DQK, int DV, int KEYS, int MT, bool DROPOUT>
