@@ -6,9 +6,17 @@
 
 #include "attention.h"
 #include "gpt2/cuda/common.cuh"
+#include "gpt2/cuda/decode.cuh"
+#include "gpt2/cuda/infini.cuh"
+#include "gpt2/cuda/layernorm.cuh"
+#include "gpt2/cuda/lightning.cuh"
 #include "gpt2/cuda/matmul.cuh"
+#include "gpt2/cuda/mla.cuh"
 #include "gpt2/cuda/residual.cuh"
+#include "gpt2/cuda/rope.cuh"
 #include "gpt2/cuda/softmax.cuh"
+#include "gpt2/cuda/softmax_backward.cuh"
+#include "gpt2/cuda/softmax_forward.cuh"
 
 // --------------------------------------------------------------------------------------------------------------------------------------------------
 // 1. The seam
@@ -87,4 +95,565 @@ inline void output_backward(const AttentionContext& ctx, const floatX* o, int64_
     linear_backward(ctx.stream, d_o, false, dwo, dbo, dout, o, wo, N, D, C);
 }
 
+}  // namespace gpu
+
+// --------------------------------------------------------------------------------------------------------------------------------------------------
+// 2. Causal attention
+//
+// Saves qkv (after the rotation), o and lse, (NH,N) here. Extending by few tokens a sequence attends to the pages where they are (decode.cuh); by more, the
+// sequences' rows are gathered first, and the core for packed rows does the rest.
+
+namespace gpu {
+
+inline std::vector<TensorSpec> causal_saved(const AttentionConfig& a, int64_t N, int) {
+    return {buffer_spec("qkv", {N, qkv_size(a)}), buffer_spec("o", {N, a.channels}), buffer_spec("lse", {a.heads, N}, Storage::FLOAT32)};
+}
+
+// Beyond so many new tokens in one sequence, keys and values are gathered: reading, writing and reading them again costs what decoding does that often.
+constexpr int MAX_DECODE_QUERIES = 16;
+
+inline int64_t causal_scratch(const AttentionConfig& a, int64_t N, int64_t num_seqs, int64_t kv_tokens, bool training) {
+    int64_t size = sizeof(floatX), C = a.channels, qkv = N * qkv_size(a) * size, row = causal_state(a).per_token, branch = scratch_bytes({N * C * size});
+    int heads = a.heads, kv_heads = a["kv-heads"], hs = a.head_size();
+    if (training) return scratch_bytes({N * C * size, qkv}) + std::max(branch, round_up(softmax_backward_scratch(heads, kv_heads, hs, hs, N, N), 256));
+    int queries = (int)std::min<int64_t>(N, MAX_DECODE_QUERIES);
+    int64_t decode = softmax_decode_scratch(heads, kv_heads, hs, hs, (int)num_seqs, queries);
+    int64_t gathered = N > MAX_DECODE_QUERIES ? scratch_bytes({kv_tokens * row * size}) : 0;
+    return scratch_bytes({qkv, N * C * size}) + std::max({branch, decode, gathered});
+}
+
+// The softmax core's arguments for q, k, v packed in rows of qkv_size.
+inline SoftmaxAttention causal_core(const AttentionContext& ctx, const floatX* qkv) {
+    const AttentionConfig& a = *ctx.config;
+    SoftmaxAttention core{};
+    core.heads = a.heads;
+    core.kv_heads = a["kv-heads"];
+    core.d_qk = core.d_v = a.head_size();
+    core.scale = 1 / std::sqrt((float)a.head_size());
+    core.num_seqs = ctx.num_seqs;
+    core.max_q = core.max_k = ctx.max_len;
+    core.q_rows = ctx.tokens();
+    core.cu_q = core.cu_k = ctx.cu_seqlens;
+    core.q = qkv;
+    core.k = qkv + a.channels;
+    core.v = core.k + core.kv_heads * core.d_qk;
+    core.q_stride = core.k_stride = core.v_stride = qkv_size(a);
+    core.k_head = core.v_head = core.d_qk;
+    core.dropout = ctx.dropout;
+    return core;
+}
+
+// Rotates q and k, which stand side by side, in place.
+inline void causal_rope(const AttentionContext& ctx, floatX* qkv, int direction) {
+    const AttentionConfig& a = *ctx.config;
+    int64_t row = qkv_size(a);
+    rope(ctx.stream, qkv, row, qkv, row, ctx.tokens(), a.heads + a["kv-heads"], a.head_size(), a.head_size(), ctx.position, direction);
+}
+
+inline void causal_forward(const AttentionContext& ctx, const Tensors& parameters, const Tensors& saved, const floatX* x, const floatX* residual, floatX* out) {
+    const AttentionConfig& a = *ctx.config;
+    floatX *qkv = saved["qkv"], *o = saved["o"];
+    linear_forward(ctx.stream, qkv, x, parameters["wqkv"], parameters["bqkv"], ctx.tokens(), a.channels, qkv_size(a));
+    if (a.positions == Positions::ROPE) causal_rope(ctx, qkv, 1);
+    SoftmaxAttention core = causal_core(ctx, qkv);
+    core.window = a["window"];
+    softmax_forward(ctx.stream, core, o, a.channels, saved["lse"]);
+    output_forward(ctx, o, a.channels, parameters["wo"], parameters["bo"], residual, out);
+}
+
+inline void causal_backward(const AttentionContext& ctx, const Tensors& parameters, const Tensors& gradients, const Tensors& saved, const floatX* x,
+                            const floatX* dout, floatX* dx) {
+    const AttentionConfig& a = *ctx.config;
+    int64_t N = ctx.tokens(), C = a.channels;
+    AttentionContext rest = ctx;
+    floatX *d_o = rest.scratch.take<floatX>(N * C), *dqkv = rest.scratch.take<floatX>(N * qkv_size(a));
+    output_backward(rest, saved["o"], C, parameters["wo"], dout, d_o, gradients["wo"], gradients["bo"]);
+    SoftmaxAttention core = causal_core(ctx, saved["qkv"]);
+    core.window = a["window"];
+    SoftmaxGradients g{};
+    g.o = saved["o"];
+    g.lse = saved["lse"];
+    g.d_o = d_o;
+    g.o_stride = g.do_stride = C;
+    g.dq = dqkv;
+    g.dk = dqkv + (core.k - core.q);
+    g.dv = dqkv + (core.v - core.q);
+    g.dq_stride = g.dk_stride = g.dv_stride = qkv_size(a);
+    g.dk_head = g.dv_head = a.head_size();
+    softmax_backward(ctx.stream, core, g, rest.scratch);
+    if (a.positions == Positions::ROPE) causal_rope(ctx, dqkv, -1);
+    linear_backward(ctx.stream, dx, false, gradients["wqkv"], gradients["bqkv"], dqkv, x, parameters["wqkv"], N, C, qkv_size(a));
+}
+
+inline void causal_extend(const AttentionContext& ctx, const Tensors& parameters, const floatX* x, const floatX* residual, floatX* out) {
+    const AttentionConfig& a = *ctx.config;
+    int64_t N = ctx.tokens(), C = a.channels, row = causal_state(a).per_token;
+    AttentionContext rest = ctx;
+    floatX *qkv = rest.scratch.take<floatX>(N * qkv_size(a)), *o = rest.scratch.take<floatX>(N * C);
+    linear_forward(ctx.stream, qkv, x, parameters["wqkv"], parameters["bqkv"], N, C, qkv_size(a));
+    if (a.positions == Positions::ROPE) causal_rope(ctx, qkv, 1);
+    append_rows(ctx.stream, ctx.states, ctx.place, qkv + C, qkv_size(a), (int)row, N);
+    SoftmaxAttention core = causal_core(ctx, qkv);
+    core.window = a["window"];
+    core.cu_k = ctx.cu_kv;
+    core.max_k = ctx.max_kv;
+    if (ctx.max_len <= MAX_DECODE_QUERIES) {
+        core.states = ctx.states;
+        core.v_offset = row / 2;
+        softmax_decode(ctx.stream, core, o, C, nullptr, rest.scratch);
+    } else {
+        Scratch scratch = rest.scratch;
+        floatX* rows = scratch.take<floatX>(ctx.kv_tokens * row);
+        gather_rows(ctx.stream, rows, ctx.states, ctx.cu_kv, ctx.num_seqs, ctx.max_kv, (int)row);
+        core.k = rows;
+        core.v = rows + row / 2;
+        core.k_stride = core.v_stride = row;
+        softmax_forward(ctx.stream, core, o, C, nullptr);
+    }
+    output_forward(rest, o, C, parameters["wo"], parameters["bo"], residual, out);
+}
+
+inline Attention causal_attention() { return {"causal", causal_saved, causal_scratch, causal_forward, causal_backward, causal_extend}; }
+
+}  // namespace gpu
+
+// --------------------------------------------------------------------------------------------------------------------------------------------------
+// 4. Infini-attention
+//
+// Saves what the CPU saves, lse as (NH,N). Only the device knows how many
+// tokens a sequence has pending from the pass before (infini_pass.cuh), so a
+// pass that starts from states packs the keys of all segments in scratch
+// memory, pending ones first; any other reads them where they are, in qkv.
+
+namespace gpu {
+
+inline std::vector<TensorSpec> infini_saved(const AttentionConfig& a, int64_t N, int lanes) {
+    return {buffer_spec("qkv", {N, qkv_size(a)}), buffer_spec("d", {N, a.channels}), buffer_spec("lse", {a.heads, N}, Storage::FLOAT32),
+            buffer_spec("memory", {N / a["segment"] + lanes, infini_memory_size(a)}, Storage::FLOAT32),
+            buffer_spec("carry", {lanes, infini_state(a).per_sequence}, Storage::FLOAT32)};
+}
+
+// What infini_core takes: q and k after the rotation.
+inline int64_t infini_core_scratch(const AttentionConfig& a, const InfiniPass& p) {
+    if (a.positions != Positions::ROPE) return 0;
+    int64_t size = sizeof(floatX), q = p.num_tokens * p.channels() * size;
+    return p.carried ? scratch_bytes({q, p.max_keys * p.kv_channels() * size}) : scratch_bytes({q + p.num_tokens * p.kv_channels() * size});
+}
+
+// kv_tokens: at least N + lanes·(segment−1) if forward and backward are to
+// start from that many carried memories; N if they never do.
+inline int64_t infini_scratch(const AttentionConfig& a, int64_t N, int64_t num_seqs, int64_t kv_tokens, bool training) {
+    InfiniPass p = infini_shape(a, N, num_seqs, N, training && kv_tokens <= N ? 0 : num_seqs, kv_tokens);
+    int64_t size = sizeof(floatX), C = a.channels, branch = scratch_bytes({N * C * size}), tables = infini_tables_bytes(p);
+    int64_t memories = p.max_memories * infini_memory_size(a) * (int64_t)sizeof(float), write = infini_write_scratch(p), core = infini_core_scratch(a, p);
+    int64_t forward = scratch_bytes({N * C * size}) + tables + std::max({core, write, branch});
+    if (!training) return forward + scratch_bytes({N * qkv_size(a) * size, memories});
+    int64_t dkeys = p.carried ? scratch_bytes({p.max_keys * p.row_size() * size}) : 0;
+    int64_t local = core + dkeys + softmax_backward_scratch(a.heads, p.kv_heads, p.hs, p.hs, N, p.max_keys);
+    int64_t backward = scratch_bytes({N * C * size, N * C * size, N * a.heads * (int64_t)sizeof(float), N * qkv_size(a) * size, memories}) + tables;
+    return std::max(forward, backward + std::max({local, infini_gate_backward_scratch(p), write, branch}));
+}
+
+// ---- local attention: segments are sequences of the softmax core
+// ------------------------------------------------------------------------------------------
+
+// The core's arguments. q and k after the rotation, if there is one, are taken
+// from `scratch`.
+inline SoftmaxAttention infini_core(const AttentionContext& ctx, const InfiniPass& p, Scratch& scratch) {
+    int64_t N = ctx.tokens(), C = p.channels(), KVhs = p.kv_channels();
+    SoftmaxAttention core = causal_core(ctx, p.qkv);
+    core.num_seqs = p.max_segments;
+    core.max_q = p.max_q();
+    core.max_k = p.max_k();
+    core.cu_q = p.cu_q;
+    core.cu_k = p.cu_k;
+    core.drop_seq = p.seq;
+    core.drop_pos = p.start;
+    core.k = p.keys;
+    core.v = p.keys + KVhs;
+    core.k_stride = core.v_stride = p.key_stride;
+    if (ctx.config->positions != Positions::ROPE) return core;
+    if (p.carried) {
+        floatX *q = scratch.take<floatX>(N * C), *k = scratch.take<floatX>(p.max_keys * KVhs);
+        rope(ctx.stream, q, C, p.qkv, p.qkv_stride(), N, p.heads, p.hs, p.hs, p.position, 1);
+        rope(ctx.stream, k, KVhs, p.keys, p.key_stride, p.max_keys, p.kv_heads, p.hs, p.hs, p.key_position, 1);
+        core.q = q;
+        core.q_stride = C;
+        core.k = k;
+        core.k_stride = KVhs;
+    } else {
+        floatX* rotated = scratch.take<floatX>(N * (C + KVhs));
+        rope(ctx.stream, rotated, C + KVhs, p.qkv, p.qkv_stride(), N, p.heads + p.kv_heads, p.hs, p.hs, p.position, 1);
+        core.q = rotated;
+        core.k = rotated + C;
+        core.q_stride = core.k_stride = C + KVhs;
+    }
+    return core;
+}
+
+// D (N,C), lse (NH,N) or null.
+inline void infini_local_forward(const AttentionContext& ctx, const InfiniPass& p, floatX* D, float* lse) {
+    if (ctx.tokens() == 0) return;
+    Scratch scratch = ctx.scratch;
+    softmax_forward(ctx.stream, infini_core(ctx, p, scratch), D, p.channels(), lse);
+}
+
+// From dD (N,C): dq, dk, dv in dqkv (N, qkv_size), overwritten. Pending tokens
+// are constants: their dk, dv go nowhere.
+inline void infini_local_backward(const AttentionContext& ctx, const InfiniPass& p, const floatX* D, const float* lse, const floatX* dD, floatX* dqkv) {
+    if (ctx.tokens() == 0) return;
+    Scratch scratch = ctx.scratch;
+    SoftmaxAttention core = infini_core(ctx, p, scratch);
+    floatX* dkeys = p.carried ? scratch.take<floatX>(p.max_keys * p.row_size()) : dqkv + p.channels();
+    SoftmaxGradients g{};
+    g.o = D;
+    g.lse = lse;
+    g.d_o = dD;
+    g.o_stride = g.do_stride = p.channels();
+    g.dq = dqkv;
+    g.dk = dkeys;
+    g.dv = dkeys + p.kv_channels();
+    g.dq_stride = p.qkv_stride();
+    g.dk_stride = g.dv_stride = p.carried ? p.row_size() : p.qkv_stride();
+    g.dk_head = g.dv_head = p.hs;
+    softmax_backward(ctx.stream, core, g, scratch);
+    if (p.carried) infini_key_gradients(ctx.stream, p, dkeys, dqkv);
+    if (ctx.config->positions == Positions::ROPE)
+        rope(ctx.stream, dqkv, p.qkv_stride(), dqkv, p.qkv_stride(), ctx.tokens(), p.heads + p.kv_heads, p.hs, p.hs, p.position, -1);
+}
+
+// ---- the layer
+// ----------------------------------------------------------------------------------------------------------------------------------------------
+
+// A pass of forward() or backward(). The states of lanes are copied to
+// saved["carry"] when forward() begins, since it may overwrite them, and found
+// there by backward().
+inline InfiniPass infini_pass(const AttentionContext& ctx, const Tensors& saved, bool forward, Scratch& scratch) {
+    int64_t S = (*ctx.config)["segment"], lanes = 0;
+    for (int s = 0; s < ctx.num_seqs && ctx.memory_from; s++) lanes += ctx.memory_from_host[s] != nullptr;
+    assert(lanes <= saved.specs[saved.find("carry")].shape[0]);
+    InfiniPass p = infini_shape(*ctx.config, ctx.tokens(), ctx.num_seqs, ctx.max_len, lanes, ctx.tokens() + lanes * (S - 1));
+    InfiniSource source{};
+    if (lanes > 0) source = {nullptr, ctx.memory_from, saved["carry"], forward};
+    infini_begin(ctx.stream, p, ctx.cu_seqlens, ctx.place, source, saved["qkv"], saved["memory"], scratch);
+    return p;
+}
+
+inline void infini_forward(const AttentionContext& ctx, const Tensors& parameters, const Tensors& saved, const floatX* x, const floatX* residual, floatX* out) {
+    const AttentionConfig& a = *ctx.config;
+    int64_t N = ctx.tokens(), C = a.channels;
+    AttentionContext rest = ctx;
+    floatX* A = rest.scratch.take<floatX>(N * C);
+    linear_forward(ctx.stream, saved["qkv"], x, parameters["wqkv"], parameters["bqkv"], N, C, qkv_size(a));
+    InfiniPass p = infini_pass(ctx, saved, true, rest.scratch);
+    infini_local_forward(rest, p, saved["d"], saved["lse"]);
+    infini_write(ctx.stream, p, rest.scratch);
+    infini_retrieve(ctx.stream, p, parameters["beta"], saved["d"], A);
+    if (ctx.memory_to) infini_leave(ctx.stream, p, nullptr, ctx.memory_to);
+    output_forward(rest, A, C, parameters["wo"], parameters["bo"], residual, out);
+}
+
+// Gradients stop at the border between two passes: the memory and the pending
+// tokens that a sequence came with are constants.
+inline void infini_backward(const AttentionContext& ctx, const Tensors& parameters, const Tensors& gradients, const Tensors& saved, const floatX* x,
+                            const floatX* dout, floatX* dx) {
+    const AttentionConfig& a = *ctx.config;
+    int64_t N = ctx.tokens(), C = a.channels;
+    AttentionContext rest = ctx;
+    floatX *A = rest.scratch.take<floatX>(N * C), *dA = rest.scratch.take<floatX>(N * C);
+    float* dden = rest.scratch.take<float>(N * a.heads);
+    floatX* dqkv = rest.scratch.take<floatX>(N * qkv_size(a));
+    InfiniPass p = infini_pass(ctx, saved, false, rest.scratch);
+    float* dmemories = rest.scratch.take<float>(p.max_memories * infini_memory_size(a));
+    infini_retrieve(ctx.stream, p, parameters["beta"], saved["d"], A);
+    output_backward(rest, A, C, parameters["wo"], dout, dA, gradients["wo"], gradients["bo"]);
+    floatX *dD = dA, *dn = A;  // which are needed no more
+    infini_gate_backward(ctx.stream, p, parameters["beta"], gradients["beta"], saved["d"], dA, dn, dden, rest.scratch);
+    infini_local_backward(rest, p, saved["d"], saved["lse"], dD, dqkv);
+    infini_query_backward(ctx.stream, p, dn, dden, dqkv, dmemories);
+    infini_memory_backward(ctx.stream, p, dqkv, dmemories, rest.scratch);
+    linear_backward(ctx.stream, dx, false, gradients["wqkv"], gradients["bqkv"], dqkv, x, parameters["wqkv"], N, C, qkv_size(a));
+}
+
+inline void infini_extend(const AttentionContext& ctx, const Tensors& parameters, const floatX* x, const floatX* residual, floatX* out) {
+    const AttentionConfig& a = *ctx.config;
+    int64_t N = ctx.tokens(), C = a.channels;
+    AttentionContext rest = ctx;
+    InfiniPass p = infini_shape(a, N, ctx.num_seqs, ctx.max_len, ctx.num_seqs, ctx.kv_tokens);
+    floatX *qkv = rest.scratch.take<floatX>(N * qkv_size(a)), *A = rest.scratch.take<floatX>(N * C);
+    float* memories = rest.scratch.take<float>(p.max_memories * infini_memory_size(a));
+    linear_forward(ctx.stream, qkv, x, parameters["wqkv"], parameters["bqkv"], N, C, qkv_size(a));
+    InfiniSource source{};
+    source.states = ctx.states;
+    infini_begin(ctx.stream, p, ctx.cu_seqlens, ctx.place, source, qkv, memories, rest.scratch);
+    infini_local_forward(rest, p, A, nullptr);
+    infini_write(ctx.stream, p, rest.scratch);
+    infini_retrieve(ctx.stream, p, parameters["beta"], A, A);
+    infini_leave(ctx.stream, p, ctx.states, nullptr);
+    output_forward(rest, A, C, parameters["wo"], parameters["bo"], residual, out);
+}
+
+inline Attention infini_attention() { return {"infini", infini_saved, infini_scratch, infini_forward, infini_backward, infini_extend}; }
+
+}  // namespace gpu
+
+// --------------------------------------------------------------------------------------------------------------------------------------------------
+// 5. Multi-head latent attention, MLA
+//
+// Saves what the CPU's saves, lse as (NH,N). What stands between the products is fused into three kernels (mla.cuh).
+
+namespace gpu {
+
+inline std::vector<TensorSpec> mla_saved(const AttentionConfig& a, int64_t N, int) {
+    MlaShape d(a);
+    std::vector<TensorSpec> list = {buffer_spec("u", {N, d.u}), buffer_spec("rstd", {N}, Storage::FLOAT32), buffer_spec("q", {N, d.q}),
+                                    buffer_spec("o", {N, d.o}), buffer_spec("lse", {d.NH, N}, Storage::FLOAT32)};
+    if (d.r_q) list.insert(list.end(), {buffer_spec("uq", {N, d.r_q}), buffer_spec("rstd_q", {N}, Storage::FLOAT32)});
+    return list;
+}
+
+inline int64_t mla_scratch(const AttentionConfig& a, int64_t N, int64_t num_seqs, int64_t kv_tokens, bool training) {
+    MlaShape d(a);
+    auto numbers = [](std::initializer_list<int64_t> takes) {
+        int64_t total = 0;
+        for (int64_t n : takes) total += scratch_bytes({n * (int64_t)sizeof(floatX)});
+        return total;
+    };
+    int64_t branch = numbers({N * d.C}), forward = std::max(branch, numbers({N * d.r_q, N * d.d_c, N * d.kv, N * d.q}));
+    if (training) {
+        int64_t core = round_up(softmax_backward_scratch(d.NH, d.NH, d.d_qk, d.d_v, N, N), 256), query = numbers({N * d.r_q, N * d.r_q});
+        int64_t attention = numbers({N * d.d_c, N * d.kv, N * d.q, N * d.q, N * d.q, N * d.kv, N * d.u}) + std::max(core, query);
+        return std::max(forward, numbers({N * d.o}) + std::max(branch, attention));
+    }
+    int64_t K = cpu::mla_expanded_tokens(d, N, kv_tokens), query = numbers({N * d.r_q, N * d.r_q}), unabsorbed = numbers({K * d.u, K * d.kv, K * d.q});
+    int64_t absorbed = numbers({N * d.NH * d.u, N * d.NH * d.d_c}) + softmax_decode_scratch(d.NH, 1, (int)d.u, d.d_c, (int)num_seqs, (int)N);
+    return std::max(forward, numbers({N * d.q, N * d.u, N * d.o}) + std::max({branch, query, unabsorbed, absorbed}));
+}
+
+// q (N,NH·d_qk), before its rotation. With a query latent: uq (N,r_q) before the norm, rstd_q (N) or null, cq (N,r_q).
+inline void mla_query_forward(cudaStream_t stream, const MlaShape& d, const Tensors& parameters, const floatX* x, floatX* uq, float* rstd_q, floatX* cq,
+                              floatX* q, int64_t N) {
+    if (d.r_q == 0) {
+        linear_forward(stream, q, x, parameters["wq"], nullptr, N, d.C, d.q);
+        return;
+    }
+    linear_forward(stream, uq, x, parameters["wdq"], nullptr, N, d.C, d.r_q);
+    rmsnorm_forward(stream, cq, d.r_q, rstd_q, uq, d.r_q, parameters["gq"], N, d.r_q);
+    linear_forward(stream, q, cq, parameters["wuq"], nullptr, N, d.r_q, d.q);
+}
+
+// From dq, rotated back: dx (N,C), overwritten, and the gradients of the query's parameters.
+inline void mla_query_backward(cudaStream_t stream, const MlaShape& d, const Tensors& parameters, const Tensors& gradients, const Tensors& saved,
+                               const floatX* x, const floatX* dq, floatX* dx, int64_t N, Scratch scratch) {
+    if (d.r_q == 0) {
+        linear_backward(stream, dx, false, gradients["wq"], nullptr, dq, x, parameters["wq"], N, d.C, d.q);
+        return;
+    }
+    const floatX *uq = saved["uq"], *gq = parameters["gq"];
+    const float* rstd_q = saved["rstd_q"];
+    floatX *cq = scratch.take<floatX>(N * d.r_q), *duq = scratch.take<floatX>(N * d.r_q);
+    rmsnorm_forward(stream, cq, d.r_q, nullptr, uq, d.r_q, gq, N, d.r_q);
+    linear_backward(stream, duq, false, gradients["wuq"], nullptr, dq, cq, parameters["wuq"], N, d.r_q, d.q);  // dcq
+    rmsnorm_backward(stream, duq, d.r_q, gradients["gq"], duq, d.r_q, uq, d.r_q, rstd_q, gq, N, d.r_q);
+    linear_backward(stream, dx, false, gradients["wdq"], nullptr, duq, x, parameters["wdq"], N, d.C, d.r_q);
+}
+
+// kv = c·Wukvᵀ (N,NH·(d_nope+d_v)), rows [kn | v], and keys (N,NH·d_qk), rows [kn | kr]. Rows of c are c_stride apart, those of kr d_c+d_rope.
+inline void mla_keys_forward(cudaStream_t stream, const MlaShape& d, const floatX* wukv, const floatX* c, int64_t c_stride, const floatX* kr, floatX* kv,
+                             floatX* keys, int64_t N) {
+    matmul<floatX>(stream, NO, YES, N, d.kv, d.d_c, 1, c, c_stride, wukv, d.d_c, 0, kv, d.kv);
+    mla_assemble(stream, d, keys, kv, kr, d.u, N);
+}
+
+// The softmax core's arguments in the un-absorbed form.
+inline SoftmaxAttention mla_core(const AttentionContext& ctx, const MlaShape& d, const floatX* q, const floatX* keys, const floatX* kv) {
+    SoftmaxAttention core{};
+    core.heads = core.kv_heads = d.NH;
+    core.d_qk = d.d_qk;
+    core.d_v = d.d_v;
+    core.scale = 1 / std::sqrt((float)d.d_qk);
+    core.num_seqs = ctx.num_seqs;
+    core.max_q = core.max_k = ctx.max_len;
+    core.q_rows = ctx.tokens();
+    core.cu_q = core.cu_k = ctx.cu_seqlens;
+    core.q = q;
+    core.k = keys;
+    core.v = kv + d.d_nope;
+    core.q_stride = core.k_stride = d.q;
+    core.v_stride = d.kv;
+    core.k_head = d.d_qk;
+    core.v_head = d.d_kv;
+    core.dropout = ctx.dropout;
+    return core;
+}
+
+inline void mla_forward(const AttentionContext& ctx, const Tensors& parameters, const Tensors& saved, const floatX* x, const floatX* residual, floatX* out) {
+    MlaShape d(*ctx.config);
+    int64_t N = ctx.tokens();
+    floatX *u = saved["u"], *q = saved["q"], *o = saved["o"], *uq = nullptr;
+    float* rstd_q = nullptr;
+    if (d.r_q) {
+        uq = saved["uq"];
+        rstd_q = saved["rstd_q"];
+    }
+    Scratch scratch = ctx.scratch;
+    floatX *cq = scratch.take<floatX>(N * d.r_q), *c = scratch.take<floatX>(N * d.d_c), *kv = scratch.take<floatX>(N * d.kv),
+           *keys = scratch.take<floatX>(N * d.q);
+    mla_query_forward(ctx.stream, d, parameters, x, uq, rstd_q, cq, q, N);
+    linear_forward(ctx.stream, u, x, parameters["wdkv"], nullptr, N, d.C, d.u);
+    MlaLatents latents{};
+    latents.u = u;
+    latents.gain = parameters["gkv"];
+    latents.position = ctx.position;
+    latents.c = c;
+    latents.c_stride = d.d_c;
+    latents.kr = u + d.d_c;
+    latents.kr_stride = d.u;
+    latents.rstd = saved["rstd"];
+    latents.q = q;
+    latents.q_to = q + d.d_nope;
+    latents.q_stride = d.q;
+    latents.q_head = d.d_qk;
+    mla_latents(ctx.stream, d, latents, N);
+    mla_keys_forward(ctx.stream, d, parameters["wukv"], c, d.d_c, u + d.d_c, kv, keys, N);
+    softmax_forward(ctx.stream, mla_core(ctx, d, q, keys, kv), o, d.o, saved["lse"]);
+    output_forward(ctx, o, d.o, parameters["wo"], nullptr, residual, out);
+}
+
+inline void mla_backward(const AttentionContext& ctx, const Tensors& parameters, const Tensors& gradients, const Tensors& saved, const floatX* x,
+                         const floatX* dout, floatX* dx) {
+    MlaShape d(*ctx.config);
+    int64_t N = ctx.tokens();
+    cudaStream_t stream = ctx.stream;
+    const floatX *u = saved["u"], *q = saved["q"], *gkv = parameters["gkv"], *wukv = parameters["wukv"];
+    float* dwukv = gradients["wukv"];
+    AttentionContext rest = ctx;
+    Scratch& scratch = rest.scratch;
+    floatX* d_o = scratch.take<floatX>(N * d.o);
+    output_backward(rest, saved["o"], d.o, parameters["wo"], dout, d_o, gradients["wo"], nullptr);
+
+    floatX *c = scratch.take<floatX>(N * d.d_c), *kv = scratch.take<floatX>(N * d.kv), *keys = scratch.take<floatX>(N * d.q);
+    floatX *dq = scratch.take<floatX>(N * d.q), *dkeys = scratch.take<floatX>(N * d.q), *dkv = scratch.take<floatX>(N * d.kv),
+           *du = scratch.take<floatX>(N * d.u);
+    rmsnorm_forward(stream, c, d.d_c, nullptr, u, d.u, gkv, N, d.d_c);
+    mla_keys_forward(stream, d, wukv, c, d.d_c, u + d.d_c, kv, keys, N);
+    SoftmaxGradients g{};
+    g.o = saved["o"];
+    g.lse = saved["lse"];
+    g.d_o = d_o;
+    g.o_stride = g.do_stride = d.o;
+    g.dq = dq;
+    g.dk = dkeys;
+    g.dv = dkv + d.d_nope;
+    g.dq_stride = g.dk_stride = d.q;
+    g.dv_stride = d.kv;
+    g.dk_head = d.d_qk;
+    g.dv_head = d.d_kv;
+    softmax_backward(stream, mla_core(ctx, d, q, keys, kv), g, scratch);
+
+    // dc = [dkn | dv]·Wukv      dWukv += [dkn | dv]ᵀ·c
+    mla_split(stream, d, dkeys, dkv, du, dq, ctx.position, N);
+    matmul<floatX>(stream, NO, NO, N, d.d_c, d.kv, 1, dkv, d.kv, wukv, d.d_c, 0, du, d.u);
+    matmul<float>(stream, YES, NO, d.kv, d.d_c, N, 1, dkv, d.kv, c, d.d_c, 1, dwukv, d.d_c);
+    rmsnorm_backward(stream, du, d.u, gradients["gkv"], du, d.u, u, d.u, saved["rstd"], gkv, N, d.d_c);
+    mla_query_backward(stream, d, parameters, gradients, saved, x, dq, dx, N, scratch);
+    linear_backward(stream, dx, true, gradients["wdkv"], nullptr, du, x, parameters["wdkv"], N, d.C, d.u);
+}
+
+// ---- extend -------------------------------------------------------------------------------------------------------------------------------------------
+
+// All sequences of a call go one way, the one with fewer multiply-adds over the batch, by mla_form's count: with n new tokens and a prefix of P
+//
+//     ABSORBED − UNABSORBED = Σ_s n·(P+X) + n·(n+1)/2 − (P+n)·X = Σ_s n·P + n·(n+1)/2 − P·X
+inline MlaForm mla_form(const AttentionContext& ctx) {
+    double X = mla_crossover(MlaShape(*ctx.config)), products = 0, prefix = 0;
+    for (int s = 0; s < ctx.num_seqs; s++) {
+        double n = ctx.cu_seqlens_host[s + 1] - ctx.cu_seqlens_host[s], P = (double)ctx.lengths_host[s];  // n = 0: the un-absorbed form expands P still
+        products += n * P + n * (n + 1) / 2;
+        prefix += P;
+    }
+    return prefix > 0 && products / prefix < X ? MlaForm::ABSORBED : MlaForm::UNABSORBED;
+}
+
+// o (N,NH·d_v): keys and values of all tokens are expanded from the rows in the pages.
+inline void mla_unabsorbed(const AttentionContext& ctx, const MlaShape& d, const floatX* wukv, const floatX* q, floatX* o, Scratch scratch) {
+    int64_t K = ctx.kv_tokens;
+    floatX *latents = scratch.take<floatX>(K * d.u), *kv = scratch.take<floatX>(K * d.kv), *keys = scratch.take<floatX>(K * d.q);
+    gather_rows(ctx.stream, latents, ctx.states, ctx.cu_kv, ctx.num_seqs, ctx.max_kv, (int)d.u);
+    mla_keys_forward(ctx.stream, d, wukv, latents, d.u, latents + d.d_c, kv, keys, K);
+    SoftmaxAttention core = mla_core(ctx, d, q, keys, kv);
+    core.cu_k = ctx.cu_kv;
+    core.max_k = ctx.max_kv;
+    softmax_forward(ctx.stream, core, o, d.o, nullptr);
+}
+
+// The same with the rows [c | kr] themselves as keys and c as values of all heads. q_absorbed (N,NH,d_c+d_rope): per head [q̃ | qr], of which qr is there.
+inline void mla_absorbed(const AttentionContext& ctx, const MlaShape& d, const floatX* wukv, const floatX* q, floatX* q_absorbed, floatX* o, Scratch scratch) {
+    int64_t N = ctx.tokens(), q_stride = d.NH * d.u, o_stride = (int64_t)d.NH * d.d_c, per_head = (int64_t)d.d_kv * d.d_c;
+    floatX* o_absorbed = scratch.take<floatX>(N * o_stride);
+    // q̃_h = qn_h·Wuk_h; without qn it is zeros, as a product over nothing
+    matmul<floatX>(ctx.stream, NO, NO, N, d.d_c, d.d_nope, 1, q, d.q, wukv, d.d_c, 0, q_absorbed, q_stride, {}, {d.NH, d.d_qk, per_head, d.u});
+
+    SoftmaxAttention core = mla_core(ctx, d, q_absorbed, nullptr, nullptr);
+    core.kv_heads = 1;
+    core.d_qk = (int)d.u;  // the scale stays 1/√(d_nope+d_rope)
+    core.d_v = d.d_c;
+    core.q_stride = q_stride;
+    core.k_head = core.v_head = 0;
+    core.cu_k = ctx.cu_kv;
+    core.max_k = ctx.max_kv;
+    core.states = ctx.states;
+    softmax_decode(ctx.stream, core, o_absorbed, o_stride, nullptr, scratch);
+
+    // o_h = õ_h·Wuv_hᵀ
+    matmul<floatX>(ctx.stream, NO, YES, N, d.d_v, d.d_c, 1, o_absorbed, o_stride, wukv + (int64_t)d.d_nope * d.d_c, d.d_c, 0, o, d.o, {},
+                   {d.NH, d.d_c, per_head, d.d_v});
+}
+
+inline void mla_extend(const AttentionContext& ctx, const Tensors& parameters, const floatX* x, const floatX* residual, floatX* out) {
+    MlaShape d(*ctx.config);
+    int64_t N = ctx.tokens();
+    bool absorbed = mla_form(ctx) == MlaForm::ABSORBED;
+    AttentionContext rest = ctx;
+    floatX *q = rest.scratch.take<floatX>(N * d.q), *u = rest.scratch.take<floatX>(N * d.u), *o = rest.scratch.take<floatX>(N * d.o);
+    Scratch scratch = rest.scratch;
+    {
+        Scratch latent = scratch;
+        floatX *uq = latent.take<floatX>(N * d.r_q), *cq = latent.take<floatX>(N * d.r_q);
+        mla_query_forward(ctx.stream, d, parameters, x, uq, nullptr, cq, q, N);
+    }
+    linear_forward(ctx.stream, u, x, parameters["wdkv"], nullptr, N, d.C, d.u);
+    floatX* q_absorbed = absorbed ? scratch.take<floatX>(N * d.NH * d.u) : nullptr;
+    MlaLatents latents{};
+    latents.u = u;
+    latents.gain = parameters["gkv"];
+    latents.position = ctx.position;
+    latents.states = ctx.states;
+    latents.place = ctx.place;
+    latents.q = q;
+    latents.q_to = absorbed ? q_absorbed + d.d_c : q + d.d_nope;
+    latents.q_stride = absorbed ? d.NH * d.u : d.q;
+    latents.q_head = absorbed ? d.u : d.d_qk;
+    mla_latents(ctx.stream, d, latents, N);
+    if (absorbed)
+        mla_absorbed(ctx, d, parameters["wukv"], q, q_absorbed, o, scratch);
+    else
+        mla_unabsorbed(ctx, d, parameters["wukv"], q, o, scratch);
+    output_forward(rest, o, d.o, parameters["wo"], nullptr, residual, out);
+}
+
+inline Attention mla_attention() { return {"mla", mla_saved, mla_scratch, mla_forward, mla_backward, mla_extend}; }
+
+}  // namespace gpu
+
+// --------------------------------------------------------------------------------------------------------------------------------------------------
+// 7. The registry
+
+namespace gpu {
+inline const Attention& attention(const std::string& name) {
+    static const std::vector<Attention> list = {causal_attention(), infini_attention(), mla_attention()};
+    for (const Attention& a : list)
+        if (name == a.name) return a;
+    usage_error("attention '%s' has no GPU implementation", name.c_str());  // unreachable while the two lists agree
+}
 }  // namespace gpu

@@ -67,9 +67,10 @@ int main(int argc, char** argv) {
     for (int64_t OC : {768, 2304, 3072}) {
         if (!timing) break;
         int64_t N = 65536;
-        DeviceArray<floatX> dout(N * OC);  // what stands in it does not matter to the memory
-        DeviceArray<float> db(OC);
-        CUDA_CHECK(cudaMemset(dout, 0, N * OC * sizeof(floatX)));
+        DeviceArray<floatX> dout(N * OC), some(random_numbers(1 << 20, 5));
+        DeviceArray<float> db(random_numbers(OC, 6));
+        for (int64_t i = 0; i < dout.size; i += some.size)
+            CUDA_CHECK(cudaMemcpy(dout + i, some.data, std::min(some.size, dout.size - i) * sizeof(floatX), cudaMemcpyDeviceToDevice));
         ladder.time(format("N=%ld OC=%ld", (long)N, (long)OC), {(double)N * OC, (double)N * OC * sizeof(floatX)},
                     [&](int version) { return run(version, ladder.stream, db, dout, N, OC); });
     }

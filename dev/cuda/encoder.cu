@@ -206,8 +206,8 @@ int main(int argc, char** argv) {
     time_forward(forward_ladder, gpt2);
     int failed = forward_ladder.finish();
 
-    Ladder backward_ladder("encoder_backward", {"a block a table row, which searches its tokens", "sorted by token: a block a run", "pieces of the sorted list"}, argc,
-                           argv);
+    Ladder backward_ladder("encoder_backward",
+                           {"a block a table row, which searches its tokens", "sorted by token: a block a run", "pieces of the sorted list"}, argc, argv);
     for (const Shape& s : shapes) check_backward(backward_ladder, s);
     time_backward(backward_ladder, gpt2);
     time_backward(backward_ladder, one_token);

@@ -119,7 +119,8 @@ static void check_silu(Ladder& ladder, int64_t N, int64_t C, int64_t y_stride, i
         return version != 2;
     });
     ladder.check(shape + " backward in place", {accumulated("dx", d_out, dy, dx)}, [&](int version) {
-        if (version == 1) silu_backward_kernel1<<<(unsigned)ceil_div(N * C, 256), 256, 0, ladder.stream>>>(d_out, y_stride, d_out, y_stride, d_x, x_stride, N, C);
+        if (version == 1)
+            silu_backward_kernel1<<<(unsigned)ceil_div(N * C, 256), 256, 0, ladder.stream>>>(d_out, y_stride, d_out, y_stride, d_x, x_stride, N, C);
         if (version == 3) silu_backward(ladder.stream, d_out, y_stride, d_out, y_stride, d_x, x_stride, N, C);
         return version != 2;
     });

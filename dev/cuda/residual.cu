@@ -33,15 +33,16 @@ __global__ void dropout_add_kernel1(floatX* out, const floatX* base, const float
 static bool run(int version, cudaStream_t stream, floatX* out, const floatX* base, const floatX* x, const DropoutKey& key, DropoutSite site,
                 const TokenPlace* place, int64_t N, int64_t C) {
     switch (version) {
-    case 1:
-        dropout_add_kernel1<<<(unsigned)ceil_div(N * C, 256), 256, 0, stream>>>(out, base, x, key, site, place, N, C);
-        break;
-    case 2:
-        if (key.p == 0) return false;
-        dropout_add_kernel2<<<(unsigned)ceil_div(N * ceil_div(C, 4), RESIDUAL_THREADS), RESIDUAL_THREADS, 0, stream>>>(out, base, x, key, site, place, N, (int)C);
-        break;
-    default:
-        dropout_add(stream, out, base, x, key, site, place, N, C);
+        case 1:
+            dropout_add_kernel1<<<(unsigned)ceil_div(N * C, 256), 256, 0, stream>>>(out, base, x, key, site, place, N, C);
+            break;
+        case 2:
+            if (key.p == 0) return false;
+            dropout_add_kernel2<<<(unsigned)ceil_div(N * ceil_div(C, 4), RESIDUAL_THREADS), RESIDUAL_THREADS, 0, stream>>>(out, base, x, key, site, place, N,
+                                                                                                                           (int)C);
+            break;
+        default:
+            dropout_add(stream, out, base, x, key, site, place, N, C);
     }
     return true;
 }

@@ -60,8 +60,8 @@ struct AdamWStep {
     float beta1, beta2, eps;
 };
 inline AdamWStep adamw_step(const AdamW& h) {
-    return {h.lr, h.weight_decay, h.grad_clip, 1 / (1 - std::pow(h.beta1, (double)h.step)), 1 / (1 - std::pow(h.beta2, (double)h.step)),
-            (float)h.beta1, (float)h.beta2, (float)h.eps};
+    double step_scale = 1 / (1 - std::pow(h.beta1, (double)h.step)), v_scale = 1 / (1 - std::pow(h.beta2, (double)h.step));
+    return {h.lr, h.weight_decay, h.grad_clip, step_scale, v_scale, (float)h.beta1, (float)h.beta2, (float)h.eps};
 }
 
 struct GlobalNorm {
@@ -140,8 +140,8 @@ struct AdamWFactors {
 constexpr int ADAMW_THREADS = 256;
 
 // One block a piece, four numbers a thread at a time: 16 bytes of each float32 array, 8 of the bf16 copy.
-__global__ void __launch_bounds__(ADAMW_THREADS) adamw_kernel3(const AdamWTensor* tensors, const AdamWPiece* pieces, const AdamWStep* step,
-                                                               const GlobalNorm* norm) {
+__global__ void __launch_bounds__(ADAMW_THREADS)
+    adamw_kernel3(const AdamWTensor* tensors, const AdamWPiece* pieces, const AdamWStep* step, const GlobalNorm* norm) {
     struct alignas(4 * sizeof(floatX)) Four {
         floatX v[4];
     };

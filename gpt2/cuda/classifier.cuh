@@ -3,8 +3,8 @@
 //     loss_n = lse(logits_n) − logits_n[target_n]        dlogits_n = scale·(softmax(logits_n) − onehot(target_n))        over the V real tokens of Vp columns
 //
 // Logits are by far the largest activation, so what counts is how often they pass through device memory: a row is read once, its maximum and its sum of
-// exponentials are found in the same pass (online softmax: Milakov and Gimelshein, arXiv 1805.02867), it stays in shared memory meanwhile (GPT-2's row is 100 KB
-// of bf16, two rows fit in an H100's multiprocessor) and is written once. Earlier versions and times: dev/cuda/classifier.cu.
+// exponentials are found in the same pass (online softmax: Milakov and Gimelshein, arXiv 1805.02867), it stays in shared memory meanwhile (GPT-2's row is 100
+// KB of bf16, two rows fit in an H100's multiprocessor) and is written once. Earlier versions and times: dev/cuda/classifier.cu.
 #pragma once
 
 #include <algorithm>
@@ -13,40 +13,44 @@
 
 namespace gpu {
 
-// Σ exp(x − max) over the numbers seen so far. exp(x − max) = 2^(x·log2 e − max·log2 e) is one multiply-add and one instruction of the special function unit
-// (its ftz form: 0 for what would be subnormal). The maximum starts from a finite number, so that nothing becomes ∞ − ∞; logits of −∞ are legal.
+// Σ 2^(x·log2 e − shift) over the numbers seen so far, shift = log2 e times the largest of them: a multiply-add and one instruction of the special function
+// unit for each (its ftz form: 0 for what would be subnormal). The shift starts from a finite number and is rounded once, so that equal shifts cancel exactly
+// and nothing becomes ∞ − ∞: logits of −∞ are legal.
 struct OnlineSum {
-    float max = -1e30f, sum = 0;
+    static constexpr float log2e = 1.442695041f;
+    float shift = -1e30f, sum = 0;
 
-    __device__ static float power(float x, float highest) {
-        constexpr float log2e = 1.442695041f;
+    __device__ static float exp2(float x) {
         float y;
-        asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(fmaf(x, log2e, -highest * log2e)));
+        asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
         return y;
+    }
+    __device__ float exp(float x) const { return exp2(fmaf(x, log2e, -shift)); }  // e^(x − the largest)
+    __device__ void raise(float to) {
+        sum *= exp2(shift - to);
+        shift = to;
     }
     template <int n>
     __device__ void add(const float (&x)[n]) {
-        float highest = max;
+        float largest = x[0];
 #pragma unroll
-        for (int k = 0; k < n; k++) highest = fmaxf(highest, x[k]);
-        sum *= power(max, highest);
+        for (int k = 1; k < n; k++) largest = fmaxf(largest, x[k]);
+        raise(fmaxf(shift, __fmul_rn(largest, log2e)));
 #pragma unroll
-        for (int k = 0; k < n; k++) sum += power(x[k], highest);
-        max = highest;
+        for (int k = 0; k < n; k++) sum += exp(x[k]);
     }
     // Over all threads of the block; each gets the result. `shared`: 64 floats.
     __device__ void over_block(float* shared) {
-        float highest = block_max(max, shared);
-        sum = block_sum(sum * power(max, highest), shared + 32);
-        max = highest;
+        raise(block_max(shift, shared));
+        sum = block_sum(sum, shared + 32);
     }
-    __device__ float loss(float correct) const { return (float)((double)logf(sum) + max - correct); }
+    __device__ float loss(float correct) const { return (float)((double)logf(sum) + shift * 0.6931471805599453 - correct); }
 };
 
 // One block a row, one number a thread at a time, and the row is read twice. For rows that are not whole multiples of 16 bytes.
 constexpr int CLASSIFIER2_THREADS = 512;
-__global__ void __launch_bounds__(CLASSIFIER2_THREADS) classifier_kernel2(floatX* logits, int64_t Vp, float* losses, const int* targets, int V,
-                                                                          const float* scale, bool write_gradient) {
+__global__ void __launch_bounds__(CLASSIFIER2_THREADS)
+    classifier_kernel2(floatX* logits, int64_t Vp, float* losses, const int* targets, int V, const float* scale, bool write_gradient) {
     __shared__ float shared[64];
     int64_t n = blockIdx.x;
     floatX* row = logits + n * Vp;
@@ -63,7 +67,7 @@ __global__ void __launch_bounds__(CLASSIFIER2_THREADS) classifier_kernel2(floatX
     if (!write_gradient) return;
     float factor = target >= 0 ? *scale / softmax.sum : 0;
     for (int c = threadIdx.x; c < Vp; c += CLASSIFIER2_THREADS) {
-        float gradient = target >= 0 && c < V ? factor * OnlineSum::power(to_float(row[c]), softmax.max) : 0;
+        float gradient = target >= 0 && c < V ? factor * softmax.exp(to_float(row[c])) : 0;
         row[c] = from_float<floatX>(c == target ? gradient - *scale : gradient);
     }
 }
@@ -84,8 +88,8 @@ __device__ inline void real_numbers(float (&numbers)[Packed<floatX>::size], cons
 // reads them a second time, mostly from the L2 cache.
 constexpr int CLASSIFIER_THREADS = 640, CLASSIFIER_BATCH = 5;
 template <bool ROW_IN_SHARED>
-__global__ void __launch_bounds__(CLASSIFIER_THREADS, 2) classifier_kernel4(floatX* logits, int64_t Vp, float* losses, const int* targets, int V,
-                                                                            const float* scale, bool write_gradient) {
+__global__ void __launch_bounds__(CLASSIFIER_THREADS, 2)
+    classifier_kernel4(floatX* logits, int64_t Vp, float* losses, const int* targets, int V, const float* scale, bool write_gradient) {
     constexpr int size = Packed<floatX>::size;
     extern __shared__ int4 row_in_shared[];
     __shared__ float shared[64];
@@ -127,11 +131,11 @@ __global__ void __launch_bounds__(CLASSIFIER_THREADS, 2) classifier_kernel4(floa
         float numbers[size];
         real_numbers(numbers, x, p, V);
 #pragma unroll
-        for (int k = 0; k < size; k++) x.set(k, factor * OnlineSum::power(numbers[k], softmax.max));
+        for (int k = 0; k < size; k++) x.set(k, factor * softmax.exp(numbers[k]));
         store_packed(row + p * size, x);
     }
     __syncthreads();
-    if (threadIdx.x == 0) row[target] = from_float<floatX>(factor * OnlineSum::power(correct, softmax.max) - *scale);
+    if (threadIdx.x == 0) row[target] = from_float<floatX>(factor * softmax.exp(correct) - *scale);
 }
 
 // logits (rows,V) with rows Vp >= V apart, losses (rows), targets (rows), below V, −1: not scored (loss 0, gradient 0); scale: device memory. With

@@ -140,9 +140,8 @@ __global__ void __launch_bounds__(256)
 // Block (piece, 32·W channels): if a run begins in this piece and is cut at its end, its parts are added: this piece's tail and the heads of all pieces that
 // the run reaches. Warp w takes the parts w, w+8, ...
 template <int W>
-__global__ void __launch_bounds__(256)
-    encoder_join_kernel3(float* __restrict__ dtable, const float* __restrict__ head, const float* __restrict__ tail, const int* __restrict__ sorted, int N,
-                         int C) {
+__global__ void __launch_bounds__(256) encoder_join_kernel3(float* __restrict__ dtable, const float* __restrict__ head, const float* __restrict__ tail,
+                                                            const int* __restrict__ sorted, int N, int C) {
     constexpr int WARPS = 8;
     __shared__ float parts[WARPS][32 * W];
     int piece = blockIdx.x, pieces = gridDim.x, begin = piece * ENCODER_PIECE;

@@ -73,8 +73,8 @@ inline void gelu_backward(cudaStream_t stream, floatX* dx, const floatX* dy, con
 }
 
 // SiLU over (N,C) with rows strides apart: one warp a row. The first `vector_C` channels go 16 bytes at a time; 0 if the rows are not aligned.
-__global__ void __launch_bounds__(GELU_THREADS) silu_forward_kernel3(floatX* y, int64_t y_stride, const floatX* x, int64_t x_stride, int64_t N, int vector_C,
-                                                                     int C) {
+__global__ void __launch_bounds__(GELU_THREADS)
+    silu_forward_kernel3(floatX* y, int64_t y_stride, const floatX* x, int64_t x_stride, int64_t N, int vector_C, int C) {
     constexpr int size = Packed<floatX>::size;
     int64_t n = (int64_t)blockIdx.x * (GELU_THREADS / 32) + threadIdx.x / 32;
     if (n >= N) return;
@@ -113,7 +113,7 @@ inline void silu_forward(cudaStream_t stream, floatX* y, int64_t y_stride, const
     if (N * C == 0) return;
     bool aligned = aligned16(y) && aligned16(x) && (y_stride | x_stride) % size == 0;
     silu_forward_kernel3<<<(unsigned)ceil_div(N, GELU_THREADS / 32), GELU_THREADS, 0, stream>>>(y, y_stride, x, x_stride, N,
-                                                                                              aligned ? (int)(C / size * size) : 0, (int)C);
+                                                                                                aligned ? (int)(C / size * size) : 0, (int)C);
     LAUNCH_CHECK();
 }
 // dx = dy⊙SiLU'(x), all (N,C); dx may be dy.
@@ -123,7 +123,7 @@ inline void silu_backward(cudaStream_t stream, floatX* dx, int64_t dx_stride, co
     if (N * C == 0) return;
     bool aligned = aligned16(dx) && aligned16(dy) && aligned16(x) && (dx_stride | dy_stride | x_stride) % size == 0;
     silu_backward_kernel3<<<(unsigned)ceil_div(N, GELU_THREADS / 32), GELU_THREADS, 0, stream>>>(dx, dx_stride, dy, dy_stride, x, x_stride, N,
-                                                                                               aligned ? (int)(C / size * size) : 0, (int)C);
+                                                                                                 aligned ? (int)(C / size * size) : 0, (int)C);
     LAUNCH_CHECK();
 }
 

@@ -14,6 +14,10 @@
 
 namespace gpu {
 
+constexpr float INFINI_EPSILON = 1e-6f;  // Φ can underflow
+
+__device__ inline float infini_gate(float beta) { return 1 / (1 + expf(-beta)); }
+
 // Which memory a segment reads: a number counts those written in this pass, in the order of their segments.
 constexpr int INFINI_EMPTY = -1;    // nothing has been written yet
 constexpr int INFINI_CARRIED = -2;  // that of the state which its sequence starts from
@@ -40,19 +44,19 @@ struct InfiniPass {
     bool delta, gated_first, carried;
     float z_start;
     int num_seqs, max_len;
-    int64_t num_tokens;                            // N
-    int max_segments, max_memories, max_keys;      // bounds
-    bool tensor_cores;                             // sizes and addresses allow them
-    const int* cu_seqlens;                         // (num_seqs+1)
-    const TokenPlace* place;                       // (N)
-    const floatX* qkv;                             // (N, qkv_stride), not rotated
-    const floatX* keys;                            // row n: k at keys + n·key_stride, v behind it, not rotated
+    int64_t num_tokens;                        // N
+    int max_segments, max_memories, max_keys;  // bounds
+    bool tensor_cores;                         // sizes and addresses allow them
+    const int* cu_seqlens;                     // (num_seqs+1)
+    const TokenPlace* place;                   // (N)
+    const floatX* qkv;                         // (N, qkv_stride), not rotated
+    const floatX* keys;                        // row n: k at keys + n·key_stride, v behind it, not rotated
     int64_t key_stride;
-    float* memories;                               // (max_memories, KV, hs + hs·hs): what full segments leave, z before M
-    InfiniSegment* segments;                       // (max_segments)
-    InfiniSequence* sequences;                     // (num_seqs+1)
-    int *cu_q, *cu_k, *seq, *start;                // the segments as sequences of the softmax core; (max_segments+1), same, (max_segments), same
-    int *position, *key_position;                  // (N), (max_keys) a token's place in its segment
+    float* memories;                 // (max_memories, KV, hs + hs·hs): what full segments leave, z before M
+    InfiniSegment* segments;         // (max_segments)
+    InfiniSequence* sequences;       // (num_seqs+1)
+    int *cu_q, *cu_k, *seq, *start;  // the segments as sequences of the softmax core; (max_segments+1), same, (max_segments), same
+    int *position, *key_position;    // (N), (max_keys) a token's place in its segment
 
     HOST_DEVICE int channels() const { return heads * hs; }
     HOST_DEVICE int group() const { return heads / kv_heads; }
@@ -149,7 +153,7 @@ __global__ void infini_sequences_kernel(InfiniPass p, InfiniSource source) {
 }
 
 // The last sequence s with sequences[s].*first <= i: among several that begin at i the one that is not empty.
-__device__ inline int infini_find_sequence(const InfiniPass& p, int InfiniSequence::* first, int i) {
+__device__ inline int infini_find_sequence(const InfiniPass& p, int InfiniSequence::*first, int i) {
     int low = 0, high = p.num_seqs;
     while (high - low > 1) {
         int middle = (low + high) / 2;

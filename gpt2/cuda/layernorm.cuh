@@ -1,9 +1,10 @@
 // LayerNorm and RMSNorm over the channels of each row. RMSNorm is LayerNorm without the mean and without b, so both are one family of kernels: CENTRED says
 // which (true: LayerNorm).
 //
-//     forward     x̂ = (x − m)·r        y = x̂⊙w + b        LayerNorm: m = mean(x), r = 1/√(mean((x − m)²) + 1e-5)    RMSNorm: m = 0, r = 1/√(mean(x²) + 1e-6), b = 0
-//     backward    t = dy⊙w             dx = (or +=) r·(t − mean(t) − x̂·mean(t⊙x̂))       without the term mean(t) for RMSNorm, where m does not depend on x
-//                                      dw += Σ_n dy⊙x̂,  db += Σ_n dy
+//     forward     x̂ = (x − m)·r,   y = x̂⊙w + b
+//                     LayerNorm: m = mean(x), r = 1/√(mean((x − m)²) + 1e-5)        RMSNorm: m = 0, b = 0, r = 1/√(mean(x²) + 1e-6)
+//     backward    t = dy⊙w,   dx = (or +=) r·(t − mean(t) − x̂·mean(t⊙x̂)),   dw += Σ_n dy⊙x̂,   db += Σ_n dy
+//                     RMSNorm: without mean(t), which comes from m, and without db
 //
 // Shapes: x, y, dx, dy (N,C) with rows a stride apart, w, b (C), mean, rstd (N) float32, dw, db (C) float32. C up to 65536.
 // These are all bound by memory: a pass should read each row once and write it once. How the kernels came about: dev/cuda/layernorm.cu.
@@ -71,9 +72,8 @@ __global__ void norm_forward_kernel3(floatX* y, int64_t y_stride, float* mean, f
 // A warp takes ROWS rows of at most 32·VECTORS vectors of 16 bytes, and holds them in registers: for short rows several, so that enough reads are under way
 // at once. y may be x.
 template <bool CENTRED, int ROWS, int VECTORS>
-__global__ void __launch_bounds__(256)
-    norm_forward_kernel4(floatX* y, int64_t y_stride, float* mean, float* rstd, const floatX* x, int64_t x_stride, const floatX* __restrict__ w,
-                         const floatX* __restrict__ b, int64_t N, int C) {
+__global__ void __launch_bounds__(256) norm_forward_kernel4(floatX* y, int64_t y_stride, float* mean, float* rstd, const floatX* x, int64_t x_stride,
+                                                            const floatX* __restrict__ w, const floatX* __restrict__ b, int64_t N, int C) {
     constexpr int W = Packed<floatX>::size;
     int lane = threadIdx.x % 32;
     int64_t n0 = ((int64_t)blockIdx.x * blockDim.x + threadIdx.x) / 32 * ROWS;
@@ -333,8 +333,7 @@ __global__ void __launch_bounds__(NORM_BACKWARD_THREADS)
 
 template <bool CENTRED>
 inline void norm_sum(cudaStream_t stream, float* dw, float* db, int64_t partial_rows, int64_t C) {
-    norm_sum_kernel<CENTRED>
-        <<<(unsigned)ceil_div(norm_sums<CENTRED> * C, 8), 1024, 0, stream>>>(dw, db, (const float*)workspace(), (int)partial_rows, (int)C);
+    norm_sum_kernel<CENTRED><<<(unsigned)ceil_div(norm_sums<CENTRED> * C, 8), 1024, 0, stream>>>(dw, db, (const float*)workspace(), (int)partial_rows, (int)C);
     LAUNCH_CHECK();
 }
 template <bool CENTRED>
@@ -360,7 +359,8 @@ template <bool CENTRED>
 inline void norm_backward(cudaStream_t stream, floatX* dx, int64_t dx_stride, bool accumulate, float* dw, float* db, const floatX* dy, int64_t dy_stride,
                           const floatX* x, int64_t x_stride, const float* mean, const float* rstd, const floatX* w, int64_t N, int64_t C) {
     constexpr int W = Packed<floatX>::size;
-    bool aligned = C % W == 0 && dx_stride % W == 0 && dy_stride % W == 0 && x_stride % W == 0 && aligned16(dx) && aligned16(dy) && aligned16(x) && aligned16(w);
+    bool aligned =
+        C % W == 0 && dx_stride % W == 0 && dy_stride % W == 0 && x_stride % W == 0 && aligned16(dx) && aligned16(dy) && aligned16(x) && aligned16(w);
     if (!aligned || C > NORM_BACKWARD_THREADS * W) {
         (aligned ? norm_backward3<CENTRED, W> : norm_backward3<CENTRED, 1>)(stream, dx, dx_stride, accumulate, dw, db, dy, dy_stride, x, x_stride, mean, rstd,
                                                                             w, N, C);
@@ -368,10 +368,10 @@ inline void norm_backward(cudaStream_t stream, floatX* dx, int64_t dx_stride, bo
     }
     int threads = (int)round_up(C / W, 32), groups = std::max(1, 256 / threads), resident;
     CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, norm_backward_kernel4<CENTRED>, threads * groups, 0));
-    int64_t blocks = std::min<int64_t>({ceil_div(N, NORM_BACKWARD_ROWS * groups), (int64_t)resident * device_properties().multiProcessorCount,
-                                        norm_partial_rows<CENTRED>(C) / groups});
+    int64_t blocks = std::min<int64_t>(
+        {ceil_div(N, NORM_BACKWARD_ROWS * groups), (int64_t)resident * device_properties().multiProcessorCount, norm_partial_rows<CENTRED>(C) / groups});
     norm_backward_kernel4<CENTRED><<<(unsigned)blocks, dim3(threads, groups), 0, stream>>>(dx, dx_stride, accumulate, (float*)workspace(), dy, dy_stride, x,
-                                                                                          x_stride, mean, rstd, w, N, (int)C);
+                                                                                           x_stride, mean, rstd, w, N, (int)C);
     LAUNCH_CHECK();
     norm_sum<CENTRED>(stream, dw, db, blocks * groups, C);
 }

@@ -24,8 +24,8 @@ __device__ inline float dropout(const DropoutKey& key, uint32_t word, float x) {
 constexpr int RESIDUAL_THREADS = 256;
 
 // One thread for four neighbouring channels, which share a call of Philox. For rows that do not start at multiples of 16 bytes.
-__global__ void __launch_bounds__(RESIDUAL_THREADS) dropout_add_kernel2(floatX* out, const floatX* base, const floatX* x, DropoutKey key, DropoutSite site,
-                                                                        const TokenPlace* place, int64_t N, int C) {
+__global__ void __launch_bounds__(RESIDUAL_THREADS)
+    dropout_add_kernel2(floatX* out, const floatX* base, const floatX* x, DropoutKey key, DropoutSite site, const TokenPlace* place, int64_t N, int C) {
     int groups = (C + 3) / 4;
     int64_t i = (int64_t)blockIdx.x * RESIDUAL_THREADS + threadIdx.x, n = i / groups;
     if (n >= N) return;
@@ -41,8 +41,8 @@ __global__ void __launch_bounds__(RESIDUAL_THREADS) dropout_add_kernel2(floatX* 
 }
 
 // One warp a row: place and counters are read once, and a lane takes 16 bytes at a time. Philox runs while they are on their way.
-__global__ void __launch_bounds__(RESIDUAL_THREADS) dropout_add_kernel3(floatX* out, const floatX* base, const floatX* x, DropoutKey key, DropoutSite site,
-                                                                        const TokenPlace* place, int64_t N, int C) {
+__global__ void __launch_bounds__(RESIDUAL_THREADS)
+    dropout_add_kernel3(floatX* out, const floatX* base, const floatX* x, DropoutKey key, DropoutSite site, const TokenPlace* place, int64_t N, int C) {
     constexpr int size = Packed<floatX>::size;
     int64_t n = (int64_t)blockIdx.x * (RESIDUAL_THREADS / 32) + threadIdx.x / 32;
     if (n >= N) return;

@@ -42,12 +42,22 @@ struct Block {
 
 // The grid is one-dimensional, since only x has room for very many sequences. The tiles of one head of one sequence are neighbours, so that its keys are read
 // from the L2 cache; the last tile, which has the most keys, comes first.
-//     tiles > 0: every sequence gets as many tiles as the longest.
-//     tiles = 0, for ragged batches: blocks go by slots of `heads` blocks. Sequence s owns the slots from ⌊cu_q[s]/rows⌋ + s to the next sequence's; these
+//     Sequences of about one length: each gets as many tiles as the longest.
+//     Ragged batches (equal_tiles = 0): blocks go by slots of `heads` blocks. Sequence s owns the slots from ⌊cu_q[s]/rows⌋ + s to the next sequence's; these
 //     are as many as its tiles or one more, and the whole grid has q_rows/rows + num_seqs of them.
+HOST_DEVICE inline int equal_tiles(const SoftmaxAttention& a, int rows) {
+    int64_t tiles = ceil_div(a.max_q, rows);
+    return tiles * a.num_seqs <= a.q_rows / rows + a.num_seqs ? (int)tiles : 0;
+}
+inline int grid_blocks(const SoftmaxAttention& a, int rows) {
+    if (a.num_seqs == 0 || a.max_q == 0) return 0;
+    int64_t tiles = equal_tiles(a, rows), blocks = (tiles > 0 ? tiles * a.num_seqs : a.q_rows / rows + a.num_seqs) * a.heads;
+    assert(blocks <= INT_MAX);
+    return (int)blocks;
+}
 // False: nothing to do for this block.
-__device__ inline bool find_tile(const SoftmaxAttention& a, int tiles, int rows, Block* b) {
-    int x = blockIdx.x, s = 0;
+__device__ inline bool find_tile(const SoftmaxAttention& a, int rows, Block* b) {
+    int tiles = equal_tiles(a, rows), x = blockIdx.x, s = 0;
     if (tiles > 0) {
         s = x / tiles / a.heads;
         b->head = x / tiles % a.heads;
@@ -71,19 +81,9 @@ __device__ inline bool find_tile(const SoftmaxAttention& a, int tiles, int rows,
     b->start = (tiles - 1 - x % tiles) * rows;
     return b->start < a.q_len(s);
 }
-struct Grid {
-    int blocks, tiles;
-};
-inline Grid make_grid(const SoftmaxAttention& a, int rows) {
-    int64_t tiles = ceil_div(a.max_q, rows), equal = tiles * a.num_seqs, ragged = a.q_rows / rows + a.num_seqs;
-    int64_t blocks = (equal <= ragged ? equal : ragged) * a.heads;
-    assert(blocks <= INT_MAX);
-    return {(int)blocks, equal <= ragged ? (int)tiles : 0};
-}
-
 // `rows` queries and `keys` keys a tile.
-__device__ inline bool find_block(const SoftmaxAttention& a, int tiles, int rows, int keys, bool dropout, Block* b) {
-    if (!find_tile(a, tiles, rows, b)) return false;
+__device__ inline bool find_block(const SoftmaxAttention& a, int rows, int keys, bool dropout, Block* b) {
+    if (!find_tile(a, rows, b)) return false;
     int s = b->seq, g = b->head * a.kv_heads / a.heads;
     b->n_q = a.q_len(s);
     b->n_k = a.k_len(s);
@@ -116,13 +116,8 @@ struct Dropout {
     }
 };
 
-// The new maximum of a row, `now`, after `before`: what to subtract from the scaled scores, and the factor for what was summed so far.
-// A row without any key so far (−inf) subtracts 0: −inf − (−inf) would be NaN.
-__device__ inline float new_maximum(float before, float now, float scale, float* rescale) {
-    float shift = now == -INFINITY ? 0 : now * scale;
-    *rescale = exp2f(before * scale - shift);
-    return shift;
-}
+// The maximum m that is subtracted from scores: a row without a key so far (−inf) subtracts 0, since −inf − (−inf) would be NaN.
+__device__ inline float finite(float m) { return m == -INFINITY ? 0 : m; }
 
 constexpr float LOG2E = 1.44269504f;
 
@@ -143,23 +138,27 @@ struct Slabs {
 // Rows first ... of a matrix, those of them in [0, end), and columns c0 ... below d; zeros elsewhere.
 template <int ROWS, int COLUMNS, int WIDTH>
 __device__ inline void load_slab(float (&to)[ROWS][WIDTH], const floatX* from, int64_t stride, int first, int end, int c0, int d) {
+    constexpr int HEIGHT = THREADS / COLUMNS;
+    int row = threadIdx.x / COLUMNS, c = threadIdx.x % COLUMNS;
+    from += (first + row) * stride + c0 + c;
 #pragma unroll 8
-    for (int at = threadIdx.x; at < ROWS * COLUMNS; at += THREADS) {
-        int row = at / COLUMNS, c = at % COLUMNS, j = first + row;
-        to[row][c] = j >= 0 && j < end && c0 + c < d ? to_float(from[j * stride + c0 + c]) : 0;
-    }
+    for (int r = 0; r < ROWS; r += HEIGHT)
+        to[row + r][c] = (unsigned)(first + row + r) < (unsigned)end && c0 + c < d ? to_float(from[r * stride]) : 0;
 }
 
 // A block makes up to DV columns of O, from v0 = blockIdx.y·DV on.
 template <int DV>
-__global__ void __launch_bounds__(THREADS, 3) softmax_forward_kernel2(SoftmaxAttention a, floatX* o, int64_t o_stride, float* lse, int tiles, bool dropout) {
+__global__ void __launch_bounds__(THREADS, 3) softmax_forward_kernel2(SoftmaxAttention a, floatX* o, int64_t o_stride, float* lse, bool dropout) {
     __shared__ union {
         Slabs qk;
         float v[SLAB][DV];
     } slab;
     __shared__ float p[ROWS2][KEYS2 + 4];
-    Block b;
-    if (!find_block(a, tiles, ROWS2, KEYS2, dropout, &b)) return;
+    __shared__ Block b;  // not in registers, which are scarce
+    Block found;
+    if (!find_block(a, ROWS2, KEYS2, dropout, &found)) return;
+    if (threadIdx.x == 0) b = found;
+    __syncthreads();
     int tx = threadIdx.x % 16, ty = threadIdx.x / 16, v0 = blockIdx.y * DV;
     float scale = a.scale * LOG2E, m[8], l[8], acc[8][DV / 16] = {};
 #pragma unroll
@@ -191,7 +190,7 @@ __global__ void __launch_bounds__(THREADS, 3) softmax_forward_kernel2(SoftmaxAtt
         for (int r = 0; r < 8; r++) {
             int lo, hi;
             visible_keys(b.first + ty + 8 * r, a.window, b.n_k, j0, &lo, &hi);
-            float now = m[r], rescale, sum = 0;
+            float now = m[r], sum = 0;
 #pragma unroll
             for (int u = 0; u < 4; u++) {
                 int c = tx + 16 * u;
@@ -199,10 +198,10 @@ __global__ void __launch_bounds__(THREADS, 3) softmax_forward_kernel2(SoftmaxAtt
                 now = fmaxf(now, s[r][u]);
             }
             for (int offset = 8; offset > 0; offset /= 2) now = fmaxf(now, __shfl_xor_sync(0xffffffff, now, offset));
-            float shift = new_maximum(m[r], now, scale, &rescale);
+            float rescale = exp2f((m[r] - finite(now)) * scale);
 #pragma unroll
             for (int u = 0; u < 4; u++) {
-                float weight = s[r][u] == -INFINITY ? 0 : exp2f(s[r][u] * scale - shift);
+                float weight = s[r][u] == -INFINITY ? 0 : exp2f((s[r][u] - now) * scale);
                 p[ty + 8 * r][tx + 16 * u] = weight;
                 sum += weight;
             }
@@ -408,30 +407,48 @@ __device__ __forceinline__ void mask_scores(float (&s)[MT][NT][4], int position,
         }
 }
 
-// The running softmax of rows `row` and row+8: scores become weights, m and l (of this lane's keys) the new ones, and O is rescaled.
-template <int NT, int DT>
-__device__ __forceinline__ void softmax_rows(float (&s)[NT][4], float (&m)[2], float (&l)[2], float (&acc)[DT][4], float scale) {
+// The running softmax: scores become weights, m and l (l: of this lane's keys) the new ones, and O is rescaled. In the later tiles of a long sequence no row's
+// maximum may grow any more; then nothing needs rescaling.
+template <int MT, int NT, int DT>
+__device__ __forceinline__ void softmax_rows(float (&s)[MT][NT][4], float (&m)[MT][2], float (&l)[MT][2], float (&acc)[MT][DT][4], float scale) {
+    float now[MT][2];
+    bool grown = false;
 #pragma unroll
-    for (int half = 0; half < 2; half++) {
-        float now = m[half];
+    for (int mt = 0; mt < MT; mt++)
 #pragma unroll
-        for (int nt = 0; nt < NT; nt++) now = fmaxf(now, fmaxf(s[nt][half * 2], s[nt][half * 2 + 1]));
-        now = fmaxf(now, __shfl_xor_sync(0xffffffff, now, 1));
-        now = fmaxf(now, __shfl_xor_sync(0xffffffff, now, 2));
-        float shift = now == -INFINITY ? 0 : now * scale;  // a row without a key so far: −inf − (−inf) would be NaN
-        float rescale = exp2_fast(m[half] * scale - shift);
-        m[half] = now;
-        l[half] *= rescale;
+        for (int half = 0; half < 2; half++) {
+            float x = m[mt][half];
 #pragma unroll
-        for (int c = 0; c < DT; c++) acc[c][half * 2] *= rescale, acc[c][half * 2 + 1] *= rescale;
+            for (int nt = 0; nt < NT; nt++) x = fmaxf(x, fmaxf(s[mt][nt][half * 2], s[mt][nt][half * 2 + 1]));
+            x = fmaxf(x, __shfl_xor_sync(0xffffffff, x, 1));
+            now[mt][half] = fmaxf(x, __shfl_xor_sync(0xffffffff, x, 2));
+            grown |= now[mt][half] > m[mt][half];
+        }
+    if (__any_sync(0xffffffff, grown)) {
 #pragma unroll
-        for (int nt = 0; nt < NT; nt++)
+        for (int mt = 0; mt < MT; mt++)
 #pragma unroll
-            for (int e = half * 2; e < half * 2 + 2; e++) {
-                s[nt][e] = exp2_fast(s[nt][e] * scale - shift);  // exactly 0 for −inf
-                l[half] += s[nt][e];
+            for (int half = 0; half < 2; half++) {
+                float rescale = exp2_fast((m[mt][half] - finite(now[mt][half])) * scale);
+                m[mt][half] = now[mt][half];
+                l[mt][half] *= rescale;
+#pragma unroll
+                for (int c = 0; c < DT; c++) acc[mt][c][half * 2] *= rescale, acc[mt][c][half * 2 + 1] *= rescale;
             }
     }
+#pragma unroll
+    for (int mt = 0; mt < MT; mt++)
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            float shift = finite(m[mt][half]) * scale;
+#pragma unroll
+            for (int nt = 0; nt < NT; nt++)
+#pragma unroll
+                for (int e = half * 2; e < half * 2 + 2; e++) {
+                    s[mt][nt][e] = exp2_fast(s[mt][nt][e] * scale - shift);  // exactly 0 for −inf
+                    l[mt][half] += s[mt][nt][e];
+                }
+        }
 }
 
 // Dropped weights become 0. A lane holds two of the four neighbours that share a Philox call, in two rows, and the lane beside it the other two: the even one
@@ -496,25 +513,26 @@ __device__ __forceinline__ void finish_rows(const SoftmaxAttention& a, int h, in
     store_rows<D, MT>(o + n * o_stride + h * (int64_t)a.d_v, o_stride, acc, factor, tile, rows, a.d_v);
 }
 
-// MT·16 rows a warp, four warps; d_qk <= DQK, d_v <= DV, DV <= DQK. While one tile of keys and values is worked on, the next is on its way into the other of
-// two buffers, so that one barrier a tile is enough.
-template <int DQK, int DV, int KEYS, int MT>
+// Four warps of MT·16 rows, d_qk <= DQK, d_v <= DV <= DQK. In shared memory stand the tile of Q, two buffers for a tile of K and one of V, and the Block: while
+// one tile of keys and values is worked on, the next one is on its way into the other buffer, so that one barrier a tile is enough.
+template <int DQK, int DV, int KEYS, int MT, bool DROPOUT>
 struct Shape5 {
     static constexpr int ROWS = 64 * MT, NT = KEYS / 8;
-    static constexpr int Q_BYTES = ROWS * DQK * 2, K_BYTES = KEYS * DQK * 2, KV_BYTES = K_BYTES + KEYS * DV * 2, BYTES = Q_BYTES + 2 * KV_BYTES;
-    // Blocks that a multiprocessor is to hold, which limits the registers of a thread to 128, 168, 255.
-    static constexpr int BLOCKS = MT == 1 ? (DV <= 64 ? 4 : 2) : (DV <= 64 ? 3 : 2);
+    static constexpr int Q_BYTES = ROWS * DQK * 2, K_BYTES = KEYS * DQK * 2, KV_BYTES = K_BYTES + KEYS * DV * 2;
+    static constexpr int BLOCK_AT = Q_BYTES + 2 * KV_BYTES, BYTES = BLOCK_AT + sizeof(Block);
+    // Blocks that a multiprocessor is to hold: 4, 3 and 2 limit a thread to 128, 168 and 255 registers.
+    static constexpr int BLOCKS = DV <= 64 && !DROPOUT ? (MT == 1 ? 4 : 3) : 2;
 };
 
 template <int DQK, int DV, int KEYS, int MT, bool DROPOUT>
-__global__ void __launch_bounds__(THREADS, Shape5<DQK, DV, KEYS, MT>::BLOCKS)
-    softmax_forward_kernel5(SoftmaxAttention a, floatX* o, int64_t o_stride, float* lse, int tiles, float scale) {
-    using Shape = Shape5<DQK, DV, KEYS, MT>;
+__global__ void __launch_bounds__(THREADS, Shape5<DQK, DV, KEYS, MT, DROPOUT>::BLOCKS)
+    softmax_forward_kernel5(SoftmaxAttention a, floatX* o, int64_t o_stride, float* lse, float scale) {
+    using Shape = Shape5<DQK, DV, KEYS, MT, DROPOUT>;
     constexpr int ROWS = Shape::ROWS, NT = Shape::NT;
     extern __shared__ __align__(128) int4 softmax_forward_shared[];
-    __shared__ Block b;  // not in registers, of which there are too few
+    Block& b = *(Block*)((char*)softmax_forward_shared + Shape::BLOCK_AT);
     Block found;
-    if (!find_block(a, tiles, ROWS, KEYS, DROPOUT, &found)) return;
+    if (!find_block(a, ROWS, KEYS, DROPOUT, &found)) return;
     if (threadIdx.x == 0) b = found;
     __syncthreads();
     const int row = threadIdx.x / 32 * (16 * MT);                     // the warp's first row in the tile
@@ -546,8 +564,7 @@ __global__ void __launch_bounds__(THREADS, Shape5<DQK, DV, KEYS, MT>::BLOCKS)
             // Unless every row sees all of them:
             if (j0 + KEYS - 1 > first || j0 < 0 || j0 + KEYS > b.n_k || (a.window > 0 && j0 <= last - a.window))
                 mask_scores(s, first - j0, a.window, -j0, b.n_k - j0);
-#pragma unroll
-            for (int mt = 0; mt < MT; mt++) softmax_rows(s[mt], m[mt], l[mt], acc[mt], scale);
+            softmax_rows(s, m, l, acc, scale);
             if constexpr (DROPOUT) {
                 Dropout drop(a, b.seq, b.head);
 #pragma unroll
@@ -564,16 +581,69 @@ __global__ void __launch_bounds__(THREADS, Shape5<DQK, DV, KEYS, MT>::BLOCKS)
 
 template <int DQK, int DV, int KEYS, int MT, bool DROPOUT>
 inline void launch5(cudaStream_t stream, const SoftmaxAttention& a, floatX* o, int64_t o_stride, float* lse) {
-    using Shape = Shape5<DQK, DV, KEYS, MT>;
-    Grid grid = make_grid(a, Shape::ROWS);
-    if (grid.blocks == 0) return;
-    auto kernel = softmax_forward_kernel5<DQK, DV, KEYS, MT, DROPOUT>;
-    allow_shared_memory(kernel, Shape::BYTES);
-    kernel<<<grid.blocks, THREADS, Shape::BYTES, stream>>>(a, o, o_stride, lse, grid.tiles, a.scale * LOG2E);
+    using Shape = Shape5<DQK, DV, KEYS, MT, DROPOUT>;
+    int blocks = grid_blocks(a, Shape::ROWS);
+    if (blocks == 0) return;
+    allow_shared_memory(softmax_forward_kernel5<DQK, DV, KEYS, MT, DROPOUT>, Shape::BYTES);
+    softmax_forward_kernel5<DQK, DV, KEYS, MT, DROPOUT>
+        <<<blocks, THREADS, Shape::BYTES, stream>>>(a, o, o_stride, lse, a.scale * LOG2E);
     LAUNCH_CHECK();
+}
+
+// Widths smaller than the kernel's are filled with zeros in shared memory.
+template <int MT, bool DROPOUT>
+inline void launch5_width(cudaStream_t stream, const SoftmaxAttention& a, floatX* o, int64_t o_stride, float* lse) {
+    auto fits = [&](int d_qk, int d_v) { return a.d_qk <= d_qk && a.d_v <= d_v; };
+    if (fits(32, 32))
+        launch5<32, 32, 64, MT, DROPOUT>(stream, a, o, o_stride, lse);
+    else if (fits(64, 64))
+        launch5<64, 64, 64, MT, DROPOUT>(stream, a, o, o_stride, lse);
+    else if (fits(96, 64))
+        launch5<96, 64, 64, MT, DROPOUT>(stream, a, o, o_stride, lse);
+    else if (fits(96, 96))
+        launch5<96, 96, 64, MT, DROPOUT>(stream, a, o, o_stride, lse);
+    else if (fits(128, 128))
+        launch5<128, 128, 64, MT, DROPOUT>(stream, a, o, o_stride, lse);
+    else
+        launch5<192, 128, 32, MT, DROPOUT>(stream, a, o, o_stride, lse);  // 64 keys would leave room for one block a multiprocessor
+}
+template <int MT>
+inline void forward5(cudaStream_t stream, const SoftmaxAttention& a, floatX* o, int64_t o_stride, float* lse) {
+    if (a.dropout.p > 0)
+        launch5_width<MT, true>(stream, a, o, o_stride, lse);
+    else
+        launch5_width<MT, false>(stream, a, o, o_stride, lse);
 }
 
 #endif
 
+// Can kernel 5 do it?
+inline bool takes_tensor_cores(const SoftmaxAttention& a, const floatX* o, int64_t o_stride) {
+    int64_t sizes = a.d_qk | a.d_v | a.q_stride | a.k_stride | a.k_head | a.v_stride | a.v_head | o_stride;
+    return sizeof(floatX) == 2 && a.d_qk <= 192 && a.d_v <= 128 && sizes % 8 == 0 && aligned16(a.q) && aligned16(a.k) && aligned16(a.v) && aligned16(o);
+}
+
+inline void forward2(cudaStream_t stream, const SoftmaxAttention& a, floatX* o, int64_t o_stride, float* lse) {
+    int blocks = grid_blocks(a, ROWS2);
+    if (blocks == 0) return;
+    bool dropout = a.dropout.p > 0;
+    if (a.d_v <= 64)
+        softmax_forward_kernel2<64><<<blocks, THREADS, 0, stream>>>(a, o, o_stride, lse, dropout);
+    else  // wider values in turns, each with scores of its own
+        softmax_forward_kernel2<128><<<dim3(blocks, ceil_div(a.d_v, 128)), THREADS, 0, stream>>>(a, o, o_stride, lse, dropout);
+    LAUNCH_CHECK();
+}
+
 }  // namespace softmax_fwd
+
+// o (rows of q; row n, head h: o[n·o_stride + h·d_v]); lse (NH, q_rows): lse[h·q_rows + n], natural logarithm, or null. Rows of q outside the sequences are
+// left alone. `a` without states.
+inline void softmax_forward(cudaStream_t stream, const SoftmaxAttention& a, floatX* o, int64_t o_stride, float* lse) {
+    assert(!a.states);
+#ifndef GPU_FLOAT32
+    if (softmax_fwd::takes_tensor_cores(a, o, o_stride)) return softmax_fwd::forward5<2>(stream, a, o, o_stride, lse);
+#endif
+    softmax_fwd::forward2(stream, a, o, o_stride, lse);
+}
+
 }  // namespace gpu

@@ -1,0 +1,340 @@
+// The ladders of LayerNorm and RMSNorm, forward and backward.
+//
+//     forward     x̂ = (x − m)·r,  y = x̂⊙w + b          LayerNorm: m, r from the row's mean and variance; RMSNorm: m = 0, b = 0, r from its mean square
+//     backward    t = dy⊙w,  dx = (or +=) r·(t − mean(t) − x̂·mean(t⊙x̂))        without mean(t) for RMSNorm;    dw += Σ_n dy⊙x̂,  db += Σ_n dy
+//
+// Some ten operations a number: memory is the limit. Forward reads x and writes y, backward reads dy and x (and dx, if it adds to it) and writes dx.
+// In bf16 at 3.0 TB/s:
+//     LayerNorm  N=65536 C=768     forward 201 MB = 67 µs     backward, adding to dx    403 MB = 134 µs
+//     LayerNorm  N=65536 C=1600    forward 419 MB = 140 µs    backward, adding to dx    839 MB = 280 µs
+//     RMSNorm    N=65536 C=768     forward 201 MB = 67 µs     backward, overwriting dx  302 MB = 101 µs
+//     RMSNorm    N=65536 C=256     forward 67 MB = 22 µs      backward                  101 MB = 34 µs     (MLA's latents: rows 288 apart)
+//
+// Forward
+//   1. A thread a row. The 32 threads of a warp read 32 rows at once, 2 bytes of each 32 that memory delivers.
+//   2. A block a row, sums through a tree in shared memory. Neighbouring threads read neighbours; but each row costs sixteen barriers. Expected: several
+//      times faster.
+//   3. A warp a row: sums by shuffles, no barrier, no shared memory; a row is read three times, twice from the L1 cache (norm_forward_kernel3 with W = 1).
+//   4. 16-byte accesses, and the row stays in registers between its three uses; short rows four at a time (norm_forward_kernel4). Expected: above 80 % of
+//      the copy's bandwidth.
+//
+// Backward
+//   1. A thread a row for dx, a thread a column for dw and db: too few threads in both.
+//   2. A warp a row for dx; the columns' sums in two stages, first over pieces of the rows (norm_backward_kernel3, norm_columns_kernel3 with W = 1).
+//   3. The same by 16-byte accesses (W = 8): fewer instructions. dy and x still come from memory twice: 5/4 of the bytes when it overwrites, 6/4 when it adds.
+//   4. One pass. Each thread owns the same eight columns of all rows of its block: w and the sums for dw and db stay in its registers, and dy and x are read
+//      once (norm_backward_kernel4). Expected: above 75 % of the copy's bandwidth.
+#define GPT2_NO_MAIN
+#include "../../train_gpt2.cpp"
+
+#include "../../gpt2/cuda/layernorm.cuh"
+#include "ladder.h"
+
+using namespace gpu;
+
+constexpr int W = Packed<floatX>::size;
+
+// What the functions of a family take, as norm_forward and norm_backward have it.
+struct Forward {
+    floatX* y;
+    int64_t y_stride;
+    float *mean, *rstd;
+    const floatX* x;
+    int64_t x_stride;
+    const floatX *w, *b;
+    int64_t N, C;
+};
+struct Backward {
+    floatX* dx;
+    int64_t dx_stride;
+    bool accumulate;
+    float *dw, *db;
+    const floatX* dy;
+    int64_t dy_stride;
+    const floatX* x;
+    int64_t x_stride;
+    const float *mean, *rstd;
+    const floatX* w;
+    int64_t N, C;
+};
+
+// ---- forward -------------------------------------------------------------------------------------------------------------------------------------------
+
+template <bool CENTRED>
+__global__ void norm_forward_kernel1(Forward f) {
+    int64_t n = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
+    if (n >= f.N) return;
+    const floatX* x = f.x + n * f.x_stride;
+    float m = 0, squares = 0;
+    if (CENTRED) {
+        for (int64_t c = 0; c < f.C; c++) m += to_float(x[c]);
+        m /= f.C;
+    }
+    for (int64_t c = 0; c < f.C; c++) squares += (to_float(x[c]) - m) * (to_float(x[c]) - m);
+    float r = 1 / sqrtf(squares / f.C + norm_epsilon<CENTRED>);
+    for (int64_t c = 0; c < f.C; c++)
+        f.y[n * f.y_stride + c] = from_float<floatX>((to_float(x[c]) - m) * r * to_float(f.w[c]) + (CENTRED ? to_float(f.b[c]) : 0));
+    if (CENTRED) f.mean[n] = m;
+    f.rstd[n] = r;
+}
+
+// Sum over a block of 256 threads; every thread gets it.
+__device__ float tree_sum(float x, float* shared) {
+    shared[threadIdx.x] = x;
+    __syncthreads();
+    for (int half = 128; half > 0; half /= 2) {
+        if (threadIdx.x < half) shared[threadIdx.x] += shared[threadIdx.x + half];
+        __syncthreads();
+    }
+    float sum = shared[0];
+    __syncthreads();
+    return sum;
+}
+
+template <bool CENTRED>
+__global__ void norm_forward_kernel2(Forward f) {
+    __shared__ float shared[256];
+    int64_t n = blockIdx.x;
+    const floatX* x = f.x + n * f.x_stride;
+    float m = 0, squares = 0;
+    if (CENTRED) {
+        for (int64_t c = threadIdx.x; c < f.C; c += blockDim.x) m += to_float(x[c]);
+        m = tree_sum(m, shared) / f.C;
+    }
+    for (int64_t c = threadIdx.x; c < f.C; c += blockDim.x) squares += (to_float(x[c]) - m) * (to_float(x[c]) - m);
+    float r = 1 / sqrtf(tree_sum(squares, shared) / f.C + norm_epsilon<CENTRED>);
+    for (int64_t c = threadIdx.x; c < f.C; c += blockDim.x)
+        f.y[n * f.y_stride + c] = from_float<floatX>((to_float(x[c]) - m) * r * to_float(f.w[c]) + (CENTRED ? to_float(f.b[c]) : 0));
+    if (threadIdx.x > 0) return;
+    if (CENTRED) f.mean[n] = m;
+    f.rstd[n] = r;
+}
+
+template <bool CENTRED>
+static void forward(int version, cudaStream_t stream, const Forward& f) {
+    if (version == 1) {
+        norm_forward_kernel1<CENTRED><<<(unsigned)ceil_div(f.N, 128), 128, 0, stream>>>(f);
+        LAUNCH_CHECK();
+    } else if (version == 2) {
+        norm_forward_kernel2<CENTRED><<<(unsigned)f.N, 256, 0, stream>>>(f);
+        LAUNCH_CHECK();
+    } else if (version == 3) {
+        norm_forward3<CENTRED, 1>(stream, f.y, f.y_stride, f.mean, f.rstd, f.x, f.x_stride, f.w, f.b, f.N, f.C);
+    } else if (CENTRED) {
+        layernorm_forward(stream, f.y, f.mean, f.rstd, f.x, f.w, f.b, f.N, f.C);
+    } else {
+        rmsnorm_forward(stream, f.y, f.y_stride, f.rstd, f.x, f.x_stride, f.w, f.N, f.C);
+    }
+}
+
+// ---- backward ------------------------------------------------------------------------------------------------------------------------------------------
+
+template <bool CENTRED>
+__global__ void norm_backward_kernel1(Backward b) {
+    int64_t n = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
+    if (n >= b.N) return;
+    const floatX *g = b.dy + n * b.dy_stride, *x = b.x + n * b.x_stride;
+    float m = CENTRED ? b.mean[n] : 0, r = b.rstd[n], mean_t = 0, mean_tx = 0;
+    for (int64_t c = 0; c < b.C; c++) {
+        float t = to_float(g[c]) * to_float(b.w[c]);
+        mean_t += t;
+        mean_tx += t * (to_float(x[c]) - m) * r;
+    }
+    mean_t = CENTRED ? mean_t / b.C : 0;
+    mean_tx /= b.C;
+    for (int64_t c = 0; c < b.C; c++) {
+        floatX* dx = b.dx + n * b.dx_stride + c;
+        float d = r * (to_float(g[c]) * to_float(b.w[c]) - mean_t - (to_float(x[c]) - m) * r * mean_tx);
+        *dx = from_float<floatX>(b.accumulate ? to_float(*dx) + d : d);
+    }
+}
+
+template <bool CENTRED>
+__global__ void norm_columns_kernel1(Backward b) {
+    int64_t c = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
+    if (c >= b.C) return;
+    float dw = 0, db = 0;
+    for (int64_t n = 0; n < b.N; n++) {
+        float g = to_float(b.dy[n * b.dy_stride + c]);
+        dw += g * (to_float(b.x[n * b.x_stride + c]) - (CENTRED ? b.mean[n] : 0)) * b.rstd[n];
+        db += g;
+    }
+    b.dw[c] += dw;
+    if (CENTRED) b.db[c] += db;
+}
+
+// False: version 3 is for rows on multiples of 16 bytes.
+template <bool CENTRED>
+static bool backward(int version, cudaStream_t stream, const Backward& b) {
+    if (version == 1) {
+        norm_columns_kernel1<CENTRED><<<(unsigned)ceil_div(b.C, 128), 128, 0, stream>>>(b);  // first, since dx may overwrite dy
+        LAUNCH_CHECK();
+        norm_backward_kernel1<CENTRED><<<(unsigned)ceil_div(b.N, 128), 128, 0, stream>>>(b);
+        LAUNCH_CHECK();
+    } else if (version == 2 || version == 3) {
+        if (version == 3 && (b.C % W || b.dx_stride % W || b.dy_stride % W || b.x_stride % W)) return false;
+        (version == 2 ? norm_backward3<CENTRED, 1> : norm_backward3<CENTRED, W>)(stream, b.dx, b.dx_stride, b.accumulate, b.dw, b.db, b.dy, b.dy_stride, b.x,
+                                                                                 b.x_stride, b.mean, b.rstd, b.w, b.N, b.C);
+    } else if (CENTRED) {
+        layernorm_backward(stream, b.dx, b.accumulate, b.dw, b.db, b.dy, b.x, b.mean, b.rstd, b.w, b.N, b.C);
+    } else {
+        rmsnorm_backward(stream, b.dx, b.dx_stride, b.dw, b.dy, b.dy_stride, b.x, b.x_stride, b.rstd, b.w, b.N, b.C);
+    }
+    return true;
+}
+
+// ---- the ladders ---------------------------------------------------------------------------------------------------------------------------------------
+
+// Rows of x are C + x_gap apart, those of y (and dy) C + y_gap; the numbers in the gaps must stay as they are.
+enum Destination { OVERWRITE, ADD, IN_PLACE };
+struct Shape {
+    int64_t N, C;
+    int64_t x_gap = 0, y_gap = 0;
+    Destination to = OVERWRITE;
+    int64_t x_stride() const { return C + x_gap; }
+    int64_t y_stride() const { return C + y_gap; }
+    std::string name() const {
+        std::string s = format("N=%lld C=%lld", (long long)N, (long long)C);
+        if (x_gap || y_gap) s += format(" strides %lld %lld", (long long)x_stride(), (long long)y_stride());
+        return s + (to == ADD ? " adding" : to == IN_PLACE ? " in place" : "");
+    }
+};
+
+// (N,C) with rows `stride` apart. What is only read has NaN between the rows; what is written has a number there, to be found again.
+constexpr float GAP = 3;
+static std::vector<float> rows(int64_t N, int64_t C, int64_t stride, const std::vector<float>& numbers, float gap) {
+    std::vector<float> x(N * stride, gap);
+    for (int64_t n = 0; n < N; n++) std::copy(numbers.begin() + n * C, numbers.begin() + (n + 1) * C, x.begin() + n * stride);
+    return x;
+}
+// To be overwritten.
+static std::vector<float> poisoned_rows(int64_t N, int64_t C, int64_t stride) { return rows(N, C, stride, std::vector<float>(N * C, NAN), GAP); }
+
+template <bool CENTRED>
+static void check_forward(Ladder& ladder, Shape s) {
+    int64_t N = s.N, C = s.C;
+    if (s.to == IN_PLACE) s.y_gap = s.x_gap;
+    std::vector<float> x = rows(N, C, s.x_stride(), random_numbers(N * C, 1, 2, 0.5), s.to == IN_PLACE ? GAP : NAN), w = random_numbers(C, 2, 0.5, 1),
+                       b = random_numbers(C, 3);
+    std::vector<float> before = s.to == IN_PLACE ? x : poisoned_rows(N, C, s.y_stride()), reference = before, mean(N), rstd(N);
+    if (CENTRED)
+        cpu::layernorm_forward(reference.data(), mean.data(), rstd.data(), x.data(), w.data(), b.data(), N, C);
+    else
+        cpu::rmsnorm_forward(reference.data(), s.y_stride(), rstd.data(), x.data(), s.x_stride(), w.data(), N, C);
+
+    DeviceArray<floatX> d_x(x), d_y(N * s.y_stride()), d_w(w), d_b(b);
+    DeviceArray<float> d_mean(N), d_rstd(N);
+    std::vector<Output> outputs = {accumulated("y", d_y, before, reference), output("rstd", d_rstd, rstd, 2e-5)};
+    if (CENTRED) outputs.push_back(output("mean", d_mean, mean, 2e-5));
+    ladder.check(s.name(), outputs, [&](int version) {
+        const floatX* from = s.to == IN_PLACE ? d_y : d_x;
+        forward<CENTRED>(version, ladder.stream, {d_y, s.y_stride(), d_mean, d_rstd, from, s.x_stride(), d_w, d_b, N, C});
+        return true;
+    });
+}
+
+template <bool CENTRED>
+static void check_backward(Ladder& ladder, const Shape& s) {
+    int64_t N = s.N, C = s.C;
+    std::vector<float> x = rows(N, C, s.x_stride(), random_numbers(N * C, 1, 2, 0.5), NAN);
+    std::vector<float> dy = rows(N, C, s.y_stride(), random_numbers(N * C, 2), s.to == IN_PLACE ? GAP : NAN);
+    std::vector<float> w = random_numbers(C, 3, 0.5, 1), b(C), y(N * C), mean(N), rstd(N), dw = random_numbers(C, 4), db = random_numbers(C, 5);
+    std::vector<float> before = s.to == IN_PLACE ? dy : s.to == ADD ? random_numbers(N * C, 6) : poisoned_rows(N, C, s.y_stride());
+    std::vector<float> dx_reference = before, dw_reference = dw, db_reference = db;
+    if (CENTRED) {
+        cpu::layernorm_forward(y.data(), mean.data(), rstd.data(), x.data(), w.data(), b.data(), N, C);
+        if (s.to != ADD) dx_reference.assign(N * C, 0);
+        cpu::layernorm_backward(dx_reference.data(), dw_reference.data(), db_reference.data(), dy.data(), x.data(), mean.data(), rstd.data(), w.data(), N, C);
+    } else {
+        cpu::rmsnorm_forward(y.data(), C, rstd.data(), x.data(), s.x_stride(), w.data(), N, C);
+        cpu::rmsnorm_backward(dx_reference.data(), s.y_stride(), dw_reference.data(), dy.data(), s.y_stride(), x.data(), s.x_stride(), rstd.data(), w.data(), N,
+                              C);
+    }
+
+    DeviceArray<floatX> d_x(x), d_dy(dy), d_dx(N * s.y_stride()), d_w(w);
+    DeviceArray<float> d_mean(mean), d_rstd(rstd), d_dw(C), d_db(C);
+    // Of one or two channels nearly nothing is left of dx: what remains is rounding.
+    std::vector<Output> outputs = {accumulated("dx", d_dx, before, dx_reference, TOLERANCE, C < 4 ? 1e-4 : 1e-6),
+                                   accumulated("dw", d_dw, dw, dw_reference, 2e-5)};
+    if (CENTRED) outputs.push_back(accumulated("db", d_db, db, db_reference, 2e-5));
+    ladder.check(s.name(), outputs, [&](int version) {
+        CUDA_CHECK(cudaMemsetAsync(workspace(), 0xff, WORKSPACE_BYTES, ladder.stream));
+        const floatX* from = s.to == IN_PLACE ? d_dx : d_dy;
+        return backward<CENTRED>(version, ladder.stream,
+                                 {d_dx, s.y_stride(), s.to == ADD, d_dw, d_db, from, s.y_stride(), d_x, s.x_stride(), d_mean, d_rstd, d_w, N, C});
+    });
+}
+
+// For timing: a million random numbers again and again.
+static std::vector<float> repeated_numbers(int64_t n, uint64_t seed) {
+    std::vector<float> some = random_numbers(std::min<int64_t>(n, 1 << 20), seed), x(n);
+    for (int64_t i = 0; i < n; i++) x[i] = some[i % some.size()];
+    return x;
+}
+
+template <bool CENTRED>
+static void time_forward(Ladder& ladder, const Shape& s) {
+    int64_t N = s.N, C = s.C;
+    DeviceArray<floatX> x(repeated_numbers(N * s.x_stride(), 1)), y(N * s.y_stride()), w(random_numbers(C, 2)), b(random_numbers(C, 3));
+    DeviceArray<float> mean(N), rstd(N);
+    double numbers = (double)N * C;
+    ladder.time(s.name(), {8 * numbers, 2 * numbers * sizeof(floatX)}, [&](int version) {
+        forward<CENTRED>(version, ladder.stream, {y, s.y_stride(), mean, rstd, x, s.x_stride(), w, b, N, C});
+        return true;
+    });
+}
+
+template <bool CENTRED>
+static void time_backward(Ladder& ladder, const Shape& s) {
+    int64_t N = s.N, C = s.C;
+    DeviceArray<floatX> x(repeated_numbers(N * s.x_stride(), 1)), dy(repeated_numbers(N * s.y_stride(), 2)), dx(repeated_numbers(N * s.y_stride(), 3));
+    DeviceArray<floatX> w(random_numbers(C, 4)), y(N * s.y_stride()), b(random_numbers(C, 5));
+    DeviceArray<float> mean(N), rstd(N), dw(random_numbers(C, 6)), db(random_numbers(C, 7));
+    forward<CENTRED>(4, ladder.stream, {y, s.y_stride(), mean, rstd, x, s.x_stride(), w, b, N, C});
+    double numbers = (double)N * C;
+    ladder.time(s.name(), {16 * numbers, (s.to == ADD ? 4 : 3) * numbers * sizeof(floatX)}, [&](int version) {
+        return backward<CENTRED>(version, ladder.stream, {dx, s.y_stride(), s.to == ADD, dw, db, dy, s.y_stride(), x, s.x_stride(), mean, rstd, w, N, C});
+    });
+}
+
+int main(int argc, char** argv) {
+    const std::vector<const char*> forward_versions = {"a thread a row", "a block a row, shared memory", "a warp a row",
+                                                       "16-byte accesses, the row in registers"};
+    const std::vector<const char*> backward_versions = {"a thread a row; a thread a column", "a warp a row; columns in two stages", "16-byte accesses",
+                                                        "one pass"};
+    int failed = 0;
+    {
+        // Beyond 2048 channels rows do not fit the registers (forward), beyond 4096 a block (backward).
+        const std::vector<Shape> shapes = {{1, 1},      {5, 7},    {3, 8},    {33, 40},  {129, 256}, {67, 768},  {301, 257},
+                                           {130, 1600}, {9, 2056}, {5, 4096}, {3, 4104}, {6, 5001},  {2, 65536}, {7003, 768}};
+        Ladder forward_ladder("layernorm_forward", forward_versions, argc, argv);
+        for (const Shape& s : shapes) check_forward<true>(forward_ladder, s);
+        for (int64_t C : {768, 1600}) time_forward<true>(forward_ladder, {65536, C});
+        failed |= forward_ladder.finish();
+
+        Ladder backward_ladder("layernorm_backward", backward_versions, argc, argv);
+        for (Shape s : shapes)
+            for (Destination to : {OVERWRITE, ADD}) s.to = to, check_backward<true>(backward_ladder, s);
+        for (int64_t C : {768, 1600}) time_backward<true>(backward_ladder, {65536, C, 0, 0, ADD});
+        failed |= backward_ladder.finish();
+    }
+    {
+        const std::vector<Shape> shapes = {{1, 1},           {5, 7, 2, 1},      {3, 8, 8, 0},    {33, 40, 3, 5},   {1029, 256, 32, 32},
+                                           {70, 256, 35, 3}, {301, 257, 0, 31}, {67, 768, 0, 8}, {9, 2056, 8, 16}, {3, 4104, 8, 0},
+                                           {2, 65536, 1, 0}};
+        Ladder forward_ladder("rmsnorm_forward", forward_versions, argc, argv);
+        for (Shape s : shapes)
+            for (Destination to : {OVERWRITE, IN_PLACE}) s.to = to, check_forward<false>(forward_ladder, s);
+        time_forward<false>(forward_ladder, {65536, 768});
+        time_forward<false>(forward_ladder, {65536, 256, 32, 32});
+        failed |= forward_ladder.finish();
+
+        Ladder backward_ladder("rmsnorm_backward", backward_versions, argc, argv);
+        for (Shape s : shapes)
+            for (Destination to : {OVERWRITE, IN_PLACE}) s.to = to, check_backward<false>(backward_ladder, s);
+        time_backward<false>(backward_ladder, {65536, 768});
+        time_backward<false>(backward_ladder, {65536, 256, 32, 32});
+        failed |= backward_ladder.finish();
+    }
+    return failed;
+}

@@ -1,0 +1,175 @@
+// For the ladders of Lightning attention's recurrence: sequences, some of which start from a memory or leave one, on the CPU (the reference) and on the device.
+#pragma once
+
+#include <numeric>
+
+#include "../../gpt2/cuda/lightning.cuh"
+#include "ladder.h"
+
+using namespace gpu;
+
+struct LightningShape {
+    const char* options;  // behind "lightning"
+    int heads, hs;
+    std::vector<int> lengths;
+    bool memory = false;
+    int layer = 3, layers = 12;
+
+    int64_t tokens() const { return std::accumulate(lengths.begin(), lengths.end(), (int64_t)0); }
+    int longest() const { return *std::max_element(lengths.begin(), lengths.end()); }
+    int64_t channels() const { return (int64_t)heads * hs; }
+    std::string name() const {
+        std::string s = format("%s NH%d hs%d", *options ? options + 1 : "minimax", heads, hs);
+        if (lengths.size() > 1 && longest() * (int64_t)lengths.size() == tokens()) return s + format(" B%zu T%d", lengths.size(), longest());
+        for (size_t i = 0; i < lengths.size(); i++) s += format("%s%d", i ? "," : " T", lengths[i]);
+        return s + (memory ? " memory" : "");
+    }
+    // FLOPs a token, chunks of 64: products over (half of) a chunk's other tokens, and products with the state.
+    double flops(int pairs, int states) const { return (double)tokens() * channels() * 2 * (pairs * 65 / 2.0 + states * hs); }
+};
+
+inline AttentionConfig lightning_config(const LightningShape& s) {
+    ModelConfig c;
+    c.layers = s.layers;
+    c.heads = s.heads;
+    c.channels = (int)s.channels();
+    parse_attention(c, std::string("lightning") + s.options, {}, "");
+    return c.attention[s.layer];
+}
+
+inline std::vector<int> offsets(const std::vector<int>& lengths) {
+    std::vector<int> cu(1, 0);
+    for (int n : lengths) cu.push_back(cu.back() + n);
+    return cu;
+}
+
+// Sequence s starts from memories block s, unless s%3 == 1, and leaves its own in block s+1 (the last one in block 0), unless s%4 == 2: not where it stood,
+// but where another sequence starts.
+inline int memory_from(int s) { return s % 3 == 1 ? -1 : s; }
+inline int memory_to(int s, int num_seqs) { return s % 4 == 2 ? -1 : (s + 1) % num_seqs; }
+
+struct LightningCase {
+    LightningShape shape;
+    AttentionConfig config;
+    int64_t N, C, size;  // size: of a memory
+    int S;
+    std::vector<int> cu;
+    std::vector<float> u, d_o, before;  // before: the memories
+    std::vector<float> o, after, du;    // what is to come out
+
+    DeviceArray<floatX> d_u, d_d_o;
+    DeviceArray<int> d_cu;
+    DeviceArray<float> memories, copies;
+    DeviceArray<const float*> from, starts;
+    DeviceArray<float*> to;
+    DeviceArray<char> scratch_memory;
+
+    // Unless `timing`, with the reference results.
+    explicit LightningCase(const LightningShape& s, bool timing = false)
+        : shape(s),
+          config(lightning_config(s)),
+          N(s.tokens()),
+          C(s.channels()),
+          size(C * s.hs),
+          S((int)s.lengths.size()),
+          cu(offsets(s.lengths)),
+          u(timing ? 0 : N * 3 * C),
+          d_u(N * 3 * C),
+          d_d_o(N * C),
+          d_cu(cu),
+          memories(S * size),
+          copies(s.memory ? S * size : 0),
+          from(s.memory ? S : 0),
+          starts(s.memory ? S : 0),
+          to(s.memory ? S : 0),
+          scratch_memory(lightning_recurrence_scratch(config, N)) {
+        if (timing) {  // a million random numbers again and again
+            repeat(d_u, random_numbers(1 << 20, 1));
+            repeat(d_d_o, random_numbers(1 << 20, 2));
+            return;
+        }
+        u = random_numbers(N * 3 * C, 1);
+        d_o = random_numbers(N * C, 2);
+        before = random_numbers(S * size, 3, 0.5);
+        d_u.copy_from(u);
+        d_d_o.copy_from(d_o);
+        if (s.memory) {
+            std::vector<const float*> from_host;
+            std::vector<float*> to_host;
+            for (int k = 0; k < S; k++) {
+                from_host.push_back(memory_from(k) < 0 ? nullptr : memories + memory_from(k) * size);
+                to_host.push_back(memory_to(k, S) < 0 ? nullptr : memories + memory_to(k, S) * size);
+            }
+            from.copy_from(from_host);
+            to.copy_from(to_host);
+        }
+        reference();
+    }
+
+    Scratch scratch() const { return {scratch_memory.data, scratch_memory.size}; }
+    Lightning pass() const { return make_lightning(config, S, N, shape.longest(), d_cu); }
+
+    // As the layer does it: what sequences start from is copied before anybody leaves anything.
+    void forward(cudaStream_t stream, floatX* o_out, const LightningMethod& method) const {
+        Lightning g = pass();
+        if (shape.memory) {
+            lightning_starts(stream, starts, copies, from, S, size, true);
+            g.memory_from = starts;
+            g.memory_to = to;
+        }
+        lightning_recurrence_forward(stream, g, d_u, o_out, scratch(), method);
+    }
+    void backward(cudaStream_t stream, floatX* du_out, const LightningMethod& method) const {
+        Lightning g = pass();
+        if (shape.memory) {
+            lightning_starts(stream, starts, copies, from, S, size, true);
+            g.memory_from = starts;
+        }
+        lightning_recurrence_backward(stream, g, d_u, d_d_o, du_out, scratch(), method);
+    }
+    void poison_scratch() const { CUDA_CHECK(cudaMemset(scratch_memory.data, 0xff, scratch_memory.size)); }
+
+    // Does a sweep take this kernel?
+    bool takes(int kernel) const {
+        floatX* p = d_u;
+        LightningRows rows = {p, 3 * C, true};
+        return lightning_plan(pass(), {rows, rows, rows, {p, C, p, 3 * C}, false, false, {}, {}}, kernel).kernel == kernel;
+    }
+
+ private:
+    static void repeat(DeviceArray<floatX>& x, const std::vector<float>& numbers) {
+        DeviceArray<floatX> some(numbers);
+        for (int64_t i = 0; i < x.size; i += some.size)
+            CUDA_CHECK(cudaMemcpy(x + i, some.data, std::min(some.size, x.size - i) * sizeof(floatX), cudaMemcpyDeviceToDevice));
+    }
+
+    void reference() {
+        cpu::AttentionContext ctx{};
+        ctx.config = &config;
+        ctx.num_seqs = S;
+        ctx.cu_seqlens = cu.data();
+        cpu::Lightning g = cpu::make_lightning(ctx);
+        size_t chunks = g.chunks.size();
+        std::vector<float> states(chunks * size), dstates(chunks * size);  // [i]: behind chunk i; dS before it
+        o.resize(N * C);
+        du.resize(N * 3 * C);
+        after = before;
+        for (int s = 0; s < S; s++) {
+            int first = g.first[s], end = g.first[s + 1];
+            float* start = shape.memory && memory_from(s) >= 0 ? before.data() + memory_from(s) * size : nullptr;
+            float* finish = shape.memory && memory_to(s, S) >= 0 ? after.data() + memory_to(s, S) * size : nullptr;
+            if (first == end) {
+                cpu::pass_memory(finish, start, size);
+                continue;
+            }
+            g.chunks[first].S = start;
+            for (int i = first; i + 1 < end; i++) {
+                g.chunks[i].S_next = g.chunks[i + 1].S = states.data() + i * size;
+                g.chunks[i].dS_next = g.chunks[i + 1].dS = dstates.data() + i * size;
+            }
+            g.chunks[end - 1].S_next = finish;
+        }
+        cpu::lightning_recurrence_forward(g, u.data(), o.data());
+        cpu::lightning_recurrence_backward(g, u.data(), d_o.data(), du.data());
+    }
+};

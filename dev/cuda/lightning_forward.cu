@@ -1,0 +1,108 @@
+// The ladder of Lightning attention's recurrence, forward (gpt2/cuda/lightning.cuh):
+//
+//     q, k, v = SiLU(u)      S_t = λ·S_{t−1} + k_tᵀv_t      o_t = c·q_t·S_t      u (N,3C), o (N,C) bf16, S (hs,hs) float32 for each sequence and head
+//
+// To be read and written: 8 bytes a token and channel. In chunks of n = 64 tokens, two products over half of a chunk and two with the state, FLOPs a token and
+// channel: 2·(2·n/2 + 2·hs) = 384 at hs 64, 640 at hs 128: 48 and 80 for each byte, where an H100 does 230 in the time it takes to copy one. So memory is the
+// limit; at 3.0 TB/s:
+//     B64 T1024, hs 64, C 768     403 MB    134 µs, and 19 GFLOP = 28 µs at 690 TFLOP/s
+//     B8  T8192, B2 T32768        403 MB    134 µs
+//     B1  T262144                 1.6 GB    537 µs
+//     B8  T4096, hs 128, C 2048   537 MB    179 µs
+// Beside that every one of the 3·N·C numbers costs an exponential and a reciprocal, of which the GPU does 3.7e12 a second: 151 million numbers are 81 µs.
+//
+//   1. As the formula reads. A block a sequence and head, a thread a column of S, which stands in shared memory: for each token all of S is read and written,
+//      between two barriers. Expected: milliseconds, mostly latency.
+//   2. Chunks, float32 arithmetic: what was a chain of n steps becomes four products of matrices, whose operands stand in shared memory, 4 by 4 numbers of the
+//      result a thread. Expected: bound by shared memory at a third of what float32 units could do, 2 to 3 ms at B64.
+//   3. Tensor cores (bf16). S stays in registers as accumulators of the matrix instructions, a chunk is on its way while the one before is worked on, and each row
+//      is read once. Expected: a third to a half of the limit at B64 T1024, where 768 blocks fill the GPU; but with B1 only 12 multiprocessors have work.
+//   4. Spans (the parallel scheme), where sequences and heads do not fill the GPU: k and v are read twice, 6/4 of the bytes, by all multiprocessors. Expected: the
+//      same as version 3 at B64 and with hs 128, and about twice the limit at the other shapes.
+//
+// Kernels 1 and 2 serve what 3 does not take. The last version is the function that the layer calls; it chooses.
+#include "lightning_case.h"
+
+static LightningMethod method(int version, const AttentionConfig& a) {
+    return {std::min(version, 3), version == 4 ? (LightningScheme)a["scheme"] : SCHEME_SEQUENTIAL, true};
+}
+
+static void check(Ladder& ladder, const LightningShape& shape) {
+    LightningCase c(shape);
+    DeviceArray<floatX> o(c.N * c.C);
+    std::vector<Output> outputs = {output("o", o, c.o)};
+    if (shape.memory) outputs.push_back(accumulated("memory", c.memories, c.before, c.after));
+    ladder.check(shape.name(), outputs, [&](int version) {
+        if (version < 4 && !c.takes(version)) return false;
+        c.poison_scratch();
+        c.forward(ladder.stream, o, method(version, c.config));
+        return true;
+    });
+}
+
+// Decoding: states are brought up to date in place.
+static void check_extend(Ladder& ladder, LightningShape shape) {
+    LightningCase c(shape);
+    std::vector<float> after(c.before.size()), o(c.N * c.C);
+    std::vector<AttentionState> states(c.S);
+    cpu::AttentionContext ctx{};
+    ctx.config = &c.config;
+    ctx.num_seqs = c.S;
+    ctx.cu_seqlens = c.cu.data();
+    cpu::Lightning g = cpu::make_lightning(ctx);
+    after = c.before;
+    for (int s = 0; s < c.S; s++) {
+        states[s] = {};
+        states[s].fixed = c.memories + s * c.size;
+        for (int i = g.first[s]; i < g.first[s + 1]; i++) g.chunks[i].S = g.chunks[i].S_next = after.data() + s * c.size;
+    }
+    g.sequential = true;
+    cpu::lightning_recurrence_forward(g, c.u.data(), o.data());
+
+    DeviceArray<AttentionState> d_states(states);
+    DeviceArray<floatX> d_o(c.N * c.C);
+    ladder.check("extend " + shape.name(), {output("o", d_o, o), accumulated("states", c.memories, c.before, after)}, [&](int version) {
+        if (version != 4) return false;
+        c.poison_scratch();
+        Lightning pass = c.pass();
+        pass.states = d_states;
+        lightning_recurrence_extend(ladder.stream, pass, c.d_u, d_o, c.scratch(), method(version, c.config));
+        return true;
+    });
+}
+
+static void time(Ladder& ladder, const LightningShape& shape) {
+    LightningCase c(shape, true);
+    DeviceArray<floatX> o(c.N * c.C);
+    ladder.time(shape.name(), {shape.flops(2, 2), 4.0 * c.N * c.C * sizeof(floatX)}, [&](int version) {
+        if ((version < 4 && !c.takes(version)) || (version == 1 && shape.longest() > 32768)) return false;  // token by token: more than 100 ms
+        c.forward(ladder.stream, o, method(version, c.config));
+        return true;
+    });
+}
+
+int main(int argc, char** argv) {
+    Ladder ladder("lightning_forward", {"token by token, a thread a column of S", "chunks, float32 arithmetic", "tensor cores, S in registers", "spans where sequences are few"},
+                  argc, argv);
+    const std::vector<int> ragged = {65, 0, 1, 129, 64, 63, 200, 0};
+    for (const char* decay : {"", ":decay=fla", ":decay=none"})
+        for (int hs : {64, 80, 96, 128, 20, 32}) check(ladder, {decay, 3, hs, ragged, true});
+    for (const char* options : {":scheme=parallel", ":decay=fla:scheme=parallel", ":decay=none:scheme=parallel"})
+        for (int hs : {64, 80, 128, 20}) check(ladder, {options, 2, hs, {1000, 0, 513, 512, 1537, 1}, true});
+    check(ladder, {":scheme=sequential", 12, 64, {1024, 1024}});
+    check(ladder, {":scheme=parallel", 12, 64, {1024, 1024}});
+    check(ladder, {":decay=fla", 1, 8, {1}});
+    check(ladder, {"", 1, 256, {100, 70}, true});
+    check(ladder, {"", 1, 1000, {70}});
+    check_extend(ladder, {"", 3, 64, {1, 0, 65, 1, 1}});
+    check_extend(ladder, {":decay=fla", 3, 20, {1, 1, 2, 0}});
+    check_extend(ladder, {"", 2, 301, {1, 1}});
+    check_extend(ladder, {":decay=none:scheme=parallel", 2, 96, {1, 1300, 0, 600}});
+
+    time(ladder, {"", 12, 64, std::vector<int>(64, 1024)});
+    time(ladder, {"", 12, 64, std::vector<int>(8, 8192)});
+    time(ladder, {"", 12, 64, std::vector<int>(2, 32768)});
+    time(ladder, {"", 12, 64, {262144}});
+    time(ladder, {"", 16, 128, std::vector<int>(8, 4096)});
+    return ladder.finish();
+}
