@@ -243,7 +243,8 @@ inline int64_t infini_core_scratch(const AttentionConfig& a, const InfiniPass& p
 // kv_tokens: at least N + lanes·(segment−1) if forward and backward are to
 // start from that many carried memories; N if they never do.
 inline int64_t infini_scratch(const AttentionConfig& a, int64_t N, int64_t num_seqs, int64_t kv_tokens, bool training) {
-    InfiniPass p = infini_shape(a, N, num_seqs, N, training && kv_tokens <= N ? 0 : num_seqs, kv_tokens);
+    bool carried = !training || kv_tokens > N || a["segment"] == 1;  // segments of one token never leave any pending
+    InfiniPass p = infini_shape(a, N, num_seqs, N, carried ? num_seqs : 0, kv_tokens);
     int64_t size = sizeof(floatX), C = a.channels, branch = scratch_bytes({N * C * size}), tables = infini_tables_bytes(p);
     int64_t memories = p.max_memories * infini_memory_size(a) * (int64_t)sizeof(float), write = infini_write_scratch(p), core = infini_core_scratch(a, p);
     int64_t forward = scratch_bytes({N * C * size}) + tables + std::max({core, write, branch});
@@ -394,6 +395,96 @@ inline void infini_extend(const AttentionContext& ctx, const Tensors& parameters
 }
 
 inline Attention infini_attention() { return {"infini", infini_saved, infini_scratch, infini_forward, infini_backward, infini_extend}; }
+
+}  // namespace gpu
+
+// --------------------------------------------------------------------------------------------------------------------------------------------------
+// 4. Lightning attention
+//
+// Saves u = x·Wqkvᵀ, x·Wgᵀ, o and 1/rms, N·(5C + 1) numbers, and S for each carried memory. The states between chunks, which the CPU saves, are computed
+// again (lightning.cuh).
+
+namespace gpu {
+
+inline std::vector<TensorSpec> lightning_saved(const AttentionConfig& a, int64_t N, int lanes) {
+    int64_t C = a.channels;
+    return {buffer_spec("qkv", {N, 3 * C}), buffer_spec("o", {N, C}), buffer_spec("rstd", {N}, Storage::FLOAT32), buffer_spec("gate", {N, C}),
+            buffer_spec("states", {lanes, C * a.head_size()}, Storage::FLOAT32)};
+}
+
+inline int64_t lightning_scratch(const AttentionConfig& a, int64_t N, int64_t num_seqs, int64_t, bool training) {
+    int64_t row = N * a.channels * sizeof(floatX), recurrence = lightning_recurrence_scratch(a, N),
+            starts = scratch_bytes({num_seqs * (int64_t)sizeof(float*)});
+    int64_t forward = scratch_bytes({row}) + std::max(scratch_bytes({row}), starts + recurrence);
+    if (!training) return std::max(forward, scratch_bytes({3 * row, row, row}) + std::max(scratch_bytes({row}), recurrence));
+    return std::max(forward, scratch_bytes({row, row}) + std::max(scratch_bytes({row}), scratch_bytes({3 * row}) + starts + recurrence));
+}
+
+// The recurrence's arguments. Where memories are carried, `starts` (num_seqs), taken from `scratch`, points at their copies in saved["states"], which
+// forward makes (`copy`) and backward finds there.
+inline Lightning lightning_pass(const AttentionContext& ctx, const Tensors& saved, bool copy, Scratch& scratch) {
+    Lightning g = make_lightning(*ctx.config, ctx.num_seqs, ctx.tokens(), ctx.max_len, ctx.cu_seqlens);
+    if (!ctx.memory_from) return g;
+    const float** starts = scratch.take<const float*>(ctx.num_seqs);
+    lightning_starts(ctx.stream, starts, saved["states"], ctx.memory_from, ctx.num_seqs, g.heads * g.head_state(), copy);
+    g.memory_from = starts;
+    return g;
+}
+
+inline LightningMethod lightning_method(const AttentionConfig& a) {
+    LightningMethod method;
+    method.scheme = (LightningScheme)a["scheme"];
+    return method;
+}
+
+inline void lightning_forward(const AttentionContext& ctx, const Tensors& parameters, const Tensors& saved, const floatX* x, const floatX* residual,
+                              floatX* out) {
+    int64_t N = ctx.tokens(), C = ctx.config->channels;
+    AttentionContext rest = ctx;
+    floatX *u = saved["qkv"], *gate = saved["gate"], *o = saved["o"], *z = rest.scratch.take<floatX>(N * C);
+    linear_forward(ctx.stream, u, x, parameters["wqkv"], nullptr, N, C, 3 * C);
+    linear_forward(ctx.stream, gate, x, parameters["wg"], nullptr, N, C, C);
+    Scratch scratch = rest.scratch;
+    Lightning g = lightning_pass(ctx, saved, true, scratch);
+    g.memory_to = ctx.memory_to;
+    lightning_recurrence_forward(ctx.stream, g, u, o, scratch, lightning_method(*ctx.config));
+    lightning_gate_forward(ctx.stream, z, saved["rstd"], o, gate, parameters["gain"], N, C);
+    output_forward(rest, z, C, parameters["wo"], nullptr, residual, out);
+}
+
+// Gradients stop at the border between two passes: the memory that a sequence came with is a constant.
+inline void lightning_backward(const AttentionContext& ctx, const Tensors& parameters, const Tensors& gradients, const Tensors& saved, const floatX* x,
+                               const floatX* dout, floatX* dx) {
+    int64_t N = ctx.tokens(), C = ctx.config->channels;
+    AttentionContext rest = ctx;
+    const floatX *u = saved["qkv"], *gate = saved["gate"], *o = saved["o"], *gain = parameters["gain"];
+    floatX *z = rest.scratch.take<floatX>(N * C), *d_o = rest.scratch.take<floatX>(N * C);
+    lightning_gate_forward(ctx.stream, z, nullptr, o, gate, gain, N, C);
+    output_backward(rest, z, C, parameters["wo"], dout, d_o, gradients["wo"], nullptr);
+    floatX* dgate = z;  // which is needed no more
+    lightning_gate_backward(ctx.stream, d_o, dgate, gradients["gain"], d_o, saved["rstd"], o, gate, gain, N, C);
+
+    floatX* du = rest.scratch.take<floatX>(N * 3 * C);
+    Lightning g = lightning_pass(ctx, saved, false, rest.scratch);
+    lightning_recurrence_backward(ctx.stream, g, u, d_o, du, rest.scratch, lightning_method(*ctx.config));
+    linear_backward(ctx.stream, dx, false, gradients["wqkv"], nullptr, du, x, parameters["wqkv"], N, C, 3 * C);
+    linear_backward(ctx.stream, dx, true, gradients["wg"], nullptr, dgate, x, parameters["wg"], N, C, C);
+}
+
+inline void lightning_extend(const AttentionContext& ctx, const Tensors& parameters, const floatX* x, const floatX* residual, floatX* out) {
+    int64_t N = ctx.tokens(), C = ctx.config->channels;
+    AttentionContext rest = ctx;
+    floatX *u = rest.scratch.take<floatX>(N * 3 * C), *gate = rest.scratch.take<floatX>(N * C), *o = rest.scratch.take<floatX>(N * C);
+    linear_forward(ctx.stream, u, x, parameters["wqkv"], nullptr, N, C, 3 * C);
+    linear_forward(ctx.stream, gate, x, parameters["wg"], nullptr, N, C, C);
+    Lightning g = make_lightning(*ctx.config, ctx.num_seqs, N, ctx.max_len, ctx.cu_seqlens);
+    g.states = ctx.states;
+    lightning_recurrence_extend(ctx.stream, g, u, o, rest.scratch, lightning_method(*ctx.config));
+    lightning_gate_forward(ctx.stream, o, nullptr, o, gate, parameters["gain"], N, C);
+    output_forward(rest, o, C, parameters["wo"], nullptr, residual, out);
+}
+
+inline Attention lightning_attention() { return {"lightning", lightning_saved, lightning_scratch, lightning_forward, lightning_backward, lightning_extend}; }
 
 }  // namespace gpu
 
@@ -651,7 +742,7 @@ inline Attention mla_attention() { return {"mla", mla_saved, mla_scratch, mla_fo
 
 namespace gpu {
 inline const Attention& attention(const std::string& name) {
-    static const std::vector<Attention> list = {causal_attention(), infini_attention(), mla_attention()};
+    static const std::vector<Attention> list = {causal_attention(), infini_attention(), lightning_attention(), mla_attention()};
     for (const Attention& a : list)
         if (name == a.name) return a;
     usage_error("attention '%s' has no GPU implementation", name.c_str());  // unreachable while the two lists agree

@@ -133,7 +133,8 @@ struct Gpt2 : Trainer {
         for (const AttentionStateSize& s : state_sizes(c)) memory_numbers += s.per_sequence * o.lanes;
         for (const AttentionConfig& a : c.attention) {
             int64_t num_seqs = ceil_div(o.max_tokens, c.max_seq);  // more of them are met as they come
-            scratch_need = std::max(scratch_need, attention(a.name).scratch(a, o.max_tokens, num_seqs, o.max_tokens, o.training));
+            scratch_need =
+                std::max(scratch_need, attention(a.name).scratch(a, o.max_tokens, num_seqs, training_kv_tokens(o.max_tokens, o.lanes > 0), o.training));
         }
         scratch_need = std::max(scratch_need, encoder_backward_scratch(o.max_tokens, c.channels, c.padded_vocab_size));
         if (o.plan_only) return;
@@ -294,6 +295,9 @@ struct Gpt2 : Trainer {
         upload.send();
     }
 
+    // A bound on the tokens of a training pass with those that carried memories hold.
+    static int64_t training_kv_tokens(int64_t N, bool carried) { return carried ? INT64_MAX / 2 : N; }
+
     // The context of one network layer's attention.
     AttentionContext context(int layer, int64_t kv_tokens, bool training) {
         const AttentionConfig& a = config.attention[layer];
@@ -313,6 +317,10 @@ struct Gpt2 : Trainer {
         if (!batch.memory_from.empty()) ctx.memory_from = from[layer], ctx.memory_from_host = from_host[layer].data();
         if (!batch.memory_to.empty()) ctx.memory_to = to[layer], ctx.memory_to_host = to_host[layer].data();
         return ctx;
+    }
+
+    AttentionContext context(int layer) {
+        return context(layer, training_kv_tokens((int64_t)batch.tokens.size(), !batch.memory_from.empty()), options.training);
     }
 
     // out = mid + Z⊙MLP(LN2(mid)), MLP(u) = GELU(u·Wfcᵀ + bfc)·Wprojᵀ + bproj. `out` null: only what backward needs of it.
@@ -347,7 +355,7 @@ struct Gpt2 : Trainer {
         if (dropout.p > 0) dropout_add(stream, x, nullptr, x, dropout, DROP_EMBEDDING, place, N, C);
         for (int l = 0; l < config.layers; l++) {
             floatX *mid = act(l, "mid"), *next = block_output(l);
-            attention_forward(l, x, context(l, N, options.training), mid);
+            attention_forward(l, x, context(l), mid);
             mlp_forward(l, mid, next);
             x = next;
         }
@@ -375,7 +383,8 @@ struct Gpt2 : Trainer {
     // The first V numbers of each row to the host.
     void read_rows(float* to_rows, const floatX* device, int64_t rows, int64_t V, int64_t stride) {
         std::vector<floatX> copy(rows * V);
-        CUDA_CHECK(cudaMemcpy2DAsync(copy.data(), V * sizeof(floatX), device, stride * sizeof(floatX), V * sizeof(floatX), rows, cudaMemcpyDeviceToHost, stream));
+        CUDA_CHECK(
+            cudaMemcpy2DAsync(copy.data(), V * sizeof(floatX), device, stride * sizeof(floatX), V * sizeof(floatX), rows, cudaMemcpyDeviceToHost, stream));
         wait_for_device();
         for (int64_t i = 0; i < rows * V; i++) to_rows[i] = host_float(copy[i]);
     }
@@ -398,7 +407,7 @@ struct Gpt2 : Trainer {
     void recompute_block(int l) {
         int64_t N = (int64_t)batch.tokens.size(), C = config.channels;
         if (options.recompute >= 2) {
-            AttentionContext ctx = context(l, N, true);
+            AttentionContext ctx = context(l);
             ctx.memory_to = nullptr;  // which forward has written
             ctx.memory_to_host = nullptr;
             attention_forward(l, act(l, "x"), ctx, act(l, "mid"));
@@ -420,10 +429,11 @@ struct Gpt2 : Trainer {
             dbranch = dacts["branch"];
             dropout_add(stream, dbranch, nullptr, dx, dropout, DROP_MLP, place, N, C);
         }
-        linear_gelu_backward(stream, dfc, grad(l, "mlp.wproj"), grad(l, "mlp.bproj"), dbranch, act(l, "gelu"), act(l, "fc"), param(l, "mlp.wproj"), N, 4 * C, C);
+        linear_gelu_backward(stream, dfc, grad(l, "mlp.wproj"), grad(l, "mlp.bproj"), dbranch, act(l, "gelu"), act(l, "fc"), param(l, "mlp.wproj"), N, 4 * C,
+                             C);
         linear_backward(stream, dln, false, grad(l, "mlp.wfc"), grad(l, "mlp.bfc"), dfc, act(l, "ln2"), param(l, "mlp.wfc"), N, C, 4 * C);
-        layernorm_backward(stream, dx, true, grad(l, "ln2.w"), grad(l, "ln2.b"), dln, act(l, "mid"), act(l, "ln2.mean"), act(l, "ln2.rstd"), param(l, "ln2.w"), N,
-                           C);
+        layernorm_backward(stream, dx, true, grad(l, "ln2.w"), grad(l, "ln2.b"), dln, act(l, "mid"), act(l, "ln2.mean"), act(l, "ln2.rstd"), param(l, "ln2.w"),
+                           N, C);
     }
 
     void backward() override {
@@ -436,9 +446,9 @@ struct Gpt2 : Trainer {
             recompute_block(l);
             mlp_backward(l, dx);
             NvtxRange layer_range("attention backward");
-            attention(config.attention[l].name).backward(context(l, N, true), attn_params[l], attn_grads[l], attn_saved[l], act(l, "ln1"), dx, dln);
-            layernorm_backward(stream, dx, true, grad(l, "ln1.w"), grad(l, "ln1.b"), dln, act(l, "x"), act(l, "ln1.mean"), act(l, "ln1.rstd"), param(l, "ln1.w"),
-                               N, C);
+            attention(config.attention[l].name).backward(context(l), attn_params[l], attn_grads[l], attn_saved[l], act(l, "ln1"), dx, dln);
+            layernorm_backward(stream, dx, true, grad(l, "ln1.w"), grad(l, "ln1.b"), dln, act(l, "x"), act(l, "ln1.mean"), act(l, "ln1.rstd"),
+                               param(l, "ln1.w"), N, C);
         }
         DropoutKey dropout = dropout_of(0);
         if (dropout.p > 0) dropout_add(stream, dx, nullptr, dx, dropout, DROP_EMBEDDING, place, N, C);
@@ -675,7 +685,8 @@ inline void check_memory(const ModelConfig& config, const TrainerOptions& option
         break;
     }
     data_error("this needs %.1f GB of GPU memory, %.1f GB too much: %s has %.1f of its %.1f GB free; %s%s", need / 1e9, (need - available) / 1e9,
-               device_properties().name, available / 1e9, total / 1e9, remedies.empty() ? "use a smaller model or --seq" : "what would fit: ", remedies.c_str());
+               device_properties().name, available / 1e9, total / 1e9,
+               remedies.empty() ? "use a smaller model or --seq" : "what would fit: ", remedies.c_str());
 }
 
 inline std::unique_ptr<Trainer> make(const ModelConfig& config, const TrainerOptions& options) {

@@ -60,8 +60,9 @@ static void time(Ladder& ladder, const LightningShape& shape) {
 }
 
 int main(int argc, char** argv) {
-    Ladder ladder("lightning_backward", {"token by token, three sweeps", "chunks, float32 arithmetic", "tensor cores", "dk and dv by one sweep", "spans where sequences are few"}, argc,
-                  argv);
+    Ladder ladder("lightning_backward",
+                  {"token by token, three sweeps", "chunks, float32 arithmetic", "tensor cores", "dk and dv by one sweep", "spans where sequences are few"},
+                  argc, argv);
     const std::vector<int> ragged = {65, 0, 1, 129, 64, 63, 200, 0};
     for (const char* decay : {"", ":decay=fla", ":decay=none"})
         for (int hs : {64, 80, 96, 128, 20, 32}) check(ladder, {decay, 3, hs, ragged, true});

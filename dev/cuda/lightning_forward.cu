@@ -15,9 +15,11 @@
 //      between two barriers. Expected: milliseconds, mostly latency.
 //   2. Chunks, float32 arithmetic: what was a chain of n steps becomes four products of matrices, whose operands stand in shared memory, 4 by 4 numbers of the
 //      result a thread. Expected: bound by shared memory at a third of what float32 units could do, 2 to 3 ms at B64.
-//   3. Tensor cores (bf16). S stays in registers as accumulators of the matrix instructions, a chunk is on its way while the one before is worked on, and each row
+//   3. Tensor cores (bf16). S stays in registers as accumulators of the matrix instructions, a chunk is on its way while the one before is worked on, and each
+//   row
 //      is read once. Expected: a third to a half of the limit at B64 T1024, where 768 blocks fill the GPU; but with B1 only 12 multiprocessors have work.
-//   4. Spans (the parallel scheme), where sequences and heads do not fill the GPU: k and v are read twice, 6/4 of the bytes, by all multiprocessors. Expected: the
+//   4. Spans (the parallel scheme), where sequences and heads do not fill the GPU: k and v are read twice, 6/4 of the bytes, by all multiprocessors. Expected:
+//   the
 //      same as version 3 at B64 and with hs 128, and about twice the limit at the other shapes.
 //
 // Kernels 1 and 2 serve what 3 does not take. The last version is the function that the layer calls; it chooses.
@@ -82,7 +84,8 @@ static void time(Ladder& ladder, const LightningShape& shape) {
 }
 
 int main(int argc, char** argv) {
-    Ladder ladder("lightning_forward", {"token by token, a thread a column of S", "chunks, float32 arithmetic", "tensor cores, S in registers", "spans where sequences are few"},
+    Ladder ladder("lightning_forward",
+                  {"token by token, a thread a column of S", "chunks, float32 arithmetic", "tensor cores, S in registers", "spans where sequences are few"},
                   argc, argv);
     const std::vector<int> ragged = {65, 0, 1, 129, 64, 63, 200, 0};
     for (const char* decay : {"", ":decay=fla", ":decay=none"})

@@ -8,7 +8,8 @@
 //
 //   1. As the formulas read: RMSNorm's kernel, then one that gates; backward one that takes the gate's gradient, then RMSNorm's. The row between the two goes
 //      through memory: 5/3 of the bytes forward, 9/5 backward.
-//   2. One kernel, a warp a row, which is read again for each use; backward a second one for the sums over columns. 3/3 and 8/5 of the bytes, as long as what is
+//   2. One kernel, a warp a row, which is read again for each use; backward a second one for the sums over columns. 3/3 and 8/5 of the bytes, as long as what
+//   is
 //      read again is still in a cache.
 //   3. The row stays in registers between its uses; backward also makes the columns' sums, in registers of the thread that owns a column. Expected: above 75 %
 //      of the copy's bandwidth.
@@ -23,8 +24,8 @@ __global__ void gate_forward_kernel1(floatX* z, const floatX* gate, int64_t n) {
 }
 
 // dy = dz⊙σ, dgate
-__global__ void gate_backward_kernel1(floatX* dy, floatX* dgate, const floatX* dz, const float* rstd, const floatX* o, const floatX* gate, const floatX* gain, int64_t N,
-                                      int64_t C) {
+__global__ void gate_backward_kernel1(floatX* dy, floatX* dgate, const floatX* dz, const float* rstd, const floatX* o, const floatX* gate, const floatX* gain,
+                                      int64_t N, int64_t C) {
     int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x, n = i / C, c = i % C;
     if (n >= N) return;
     float sigma = sigmoid(to_float(gate[i])), d = to_float(dz[i]) * sigma;
@@ -60,10 +61,14 @@ struct Shape {
 };
 
 struct Case {
-    std::vector<float> o, gate, gain, dz, dgain;      // dgain: what is there before
+    std::vector<float> o, gate, gain, dz, dgain;          // dgain: what is there before
     std::vector<float> z, rstd, d_o, dgate, dgain_after;  // what is to come out
     explicit Case(const Shape& s)
-        : o(random_numbers(s.N * s.C, 1, 2, 0.5)), gate(random_numbers(s.N * s.C, 2, 2)), gain(random_numbers(s.C, 3, 0.5, 1)), dz(random_numbers(s.N * s.C, 4)), dgain(random_numbers(s.C, 5)) {
+        : o(random_numbers(s.N * s.C, 1, 2, 0.5)),
+          gate(random_numbers(s.N * s.C, 2, 2)),
+          gain(random_numbers(s.C, 3, 0.5, 1)),
+          dz(random_numbers(s.N * s.C, 4)),
+          dgain(random_numbers(s.C, 5)) {
         z.resize(s.N * s.C);
         rstd.resize(s.N);
         cpu::lightning_gate_forward(z.data(), rstd.data(), o.data(), gate.data(), gain.data(), s.N, s.C);
@@ -121,10 +126,12 @@ static void time(Ladder& ladder, bool is_forward, const Shape& s) {
 }
 
 int main(int argc, char** argv) {
-    const std::vector<Shape> shapes = {{1, 1}, {5, 7}, {3, 8}, {33, 40}, {301, 257}, {129, 256}, {1029, 768}, {130, 1600}, {40, 2048}, {9, 2056}, {5, 4096}, {3, 4104}, {6, 5001}};
+    const std::vector<Shape> shapes = {{1, 1},      {5, 7},     {3, 8},    {33, 40},  {301, 257}, {129, 256}, {1029, 768},
+                                       {130, 1600}, {40, 2048}, {9, 2056}, {5, 4096}, {3, 4104},  {6, 5001}};
     int failed = 0;
     for (bool is_forward : {true, false}) {
-        Ladder ladder(is_forward ? "lightning_gate_forward" : "lightning_gate_backward", {"norm and gate apart", "one kernel, a warp a row", "rows in registers"}, argc, argv);
+        Ladder ladder(is_forward ? "lightning_gate_forward" : "lightning_gate_backward",
+                      {"norm and gate apart", "one kernel, a warp a row", "rows in registers"}, argc, argv);
         for (Shape s : shapes)
             for (bool in_place : {false, true}) {
                 s.in_place = in_place;

@@ -143,7 +143,11 @@ __device__ inline void load_keys(Packed<floatX> (&x)[U], const floatX* const* ro
 #pragma unroll
     for (int u = 0; u < U; u++) {
         x[u] = zeros();
-        if (j + u * GROUPS < n) x[u] = VECTORS ? load_packed(row[j + u * GROUPS] + at) : load_some(row[j + u * GROUPS] + at, left);
+        if (j + u * GROUPS < n) {
+            const floatX* p = row[j + u * GROUPS] + at;
+            __builtin_assume(__isGlobal(p));  // an address that comes out of shared memory could be of any kind, for all the compiler knows
+            x[u] = VECTORS ? load_packed(p) : load_some(p, left);
+        }
     }
 }
 

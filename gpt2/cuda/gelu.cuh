@@ -4,7 +4,8 @@
 //     SiLU   y = xσ,  σ = sigmoid(x)                                                       dx = dy·σ(1 + x(1−σ))
 //
 // The sigmoid is one exponential and one reciprocal of the special function unit, each good to about 1e-7: two a number, as many as tanh would take.
-// Earlier versions and times: dev/cuda/gelu.cu.
+// SiLU is
+// taken inside other kernels (lightning.cuh). Earlier versions and times: dev/cuda/gelu.cu.
 #pragma once
 
 #include "common.cuh"
@@ -69,61 +70,6 @@ inline void gelu_backward(cudaStream_t stream, floatX* dx, const floatX* dy, con
     if (n == 0) return;
     int64_t packs = aligned16(dx) && aligned16(dy) && aligned16(x) ? n / size : 0, workers = n - packs * (size - 1);
     gelu_backward_kernel3<<<(unsigned)ceil_div(workers, GELU_THREADS), GELU_THREADS, 0, stream>>>(dx, dy, x, packs, n);
-    LAUNCH_CHECK();
-}
-
-// SiLU over (N,C) with rows strides apart: one warp a row. The first `vector_C` channels go 16 bytes at a time; 0 if the rows are not aligned.
-__global__ void __launch_bounds__(GELU_THREADS)
-    silu_forward_kernel3(floatX* y, int64_t y_stride, const floatX* x, int64_t x_stride, int64_t N, int vector_C, int C) {
-    constexpr int size = Packed<floatX>::size;
-    int64_t n = (int64_t)blockIdx.x * (GELU_THREADS / 32) + threadIdx.x / 32;
-    if (n >= N) return;
-    int lane = threadIdx.x % 32;
-    y += n * y_stride;
-    x += n * x_stride;
-    for (int c = lane * size; c < vector_C; c += 32 * size) {
-        Packed<floatX> in = load_packed(x + c), out;
-#pragma unroll
-        for (int k = 0; k < size; k++) out.set(k, silu(in[k]));
-        store_packed(y + c, out);
-    }
-    for (int c = vector_C + lane; c < C; c += 32) y[c] = from_float<floatX>(silu(to_float(x[c])));
-}
-__global__ void __launch_bounds__(GELU_THREADS) silu_backward_kernel3(floatX* dx, int64_t dx_stride, const floatX* dy, int64_t dy_stride, const floatX* x,
-                                                                      int64_t x_stride, int64_t N, int vector_C, int C) {
-    constexpr int size = Packed<floatX>::size;
-    int64_t n = (int64_t)blockIdx.x * (GELU_THREADS / 32) + threadIdx.x / 32;
-    if (n >= N) return;
-    int lane = threadIdx.x % 32;
-    dx += n * dx_stride;
-    dy += n * dy_stride;
-    x += n * x_stride;
-    for (int c = lane * size; c < vector_C; c += 32 * size) {
-        Packed<floatX> in = load_packed(x + c), gradient = load_packed(dy + c);
-#pragma unroll
-        for (int k = 0; k < size; k++) gradient.set(k, gradient[k] * silu_gradient(in[k]));
-        store_packed(dx + c, gradient);
-    }
-    for (int c = vector_C + lane; c < C; c += 32) dx[c] = from_float<floatX>(to_float(dy[c]) * silu_gradient(to_float(x[c])));
-}
-
-// y = SiLU(x); y, x (N,C) with rows y_stride, x_stride apart; y may be x.
-inline void silu_forward(cudaStream_t stream, floatX* y, int64_t y_stride, const floatX* x, int64_t x_stride, int64_t N, int64_t C) {
-    constexpr int size = Packed<floatX>::size;
-    if (N * C == 0) return;
-    bool aligned = aligned16(y) && aligned16(x) && (y_stride | x_stride) % size == 0;
-    silu_forward_kernel3<<<(unsigned)ceil_div(N, GELU_THREADS / 32), GELU_THREADS, 0, stream>>>(y, y_stride, x, x_stride, N,
-                                                                                                aligned ? (int)(C / size * size) : 0, (int)C);
-    LAUNCH_CHECK();
-}
-// dx = dy⊙SiLU'(x), all (N,C); dx may be dy.
-inline void silu_backward(cudaStream_t stream, floatX* dx, int64_t dx_stride, const floatX* dy, int64_t dy_stride, const floatX* x, int64_t x_stride, int64_t N,
-                          int64_t C) {
-    constexpr int size = Packed<floatX>::size;
-    if (N * C == 0) return;
-    bool aligned = aligned16(dx) && aligned16(dy) && aligned16(x) && (dx_stride | dy_stride | x_stride) % size == 0;
-    silu_backward_kernel3<<<(unsigned)ceil_div(N, GELU_THREADS / 32), GELU_THREADS, 0, stream>>>(dx, dx_stride, dy, dy_stride, x, x_stride, N,
-                                                                                                 aligned ? (int)(C / size * size) : 0, (int)C);
     LAUNCH_CHECK();
 }
 

@@ -235,7 +235,7 @@ constexpr int write_backward_shared = (DELTA ? 2 : 1) * (tile_bytes<HS>(HS) + HS
 
 // A = g·R + (1−g)·D, (N,C); A may be D.
 template <int HS>
-__global__ void __launch_bounds__(infini_mma::ROW_THREADS, HS <= 64 ? 4 : 0)
+__global__ void __launch_bounds__(infini_mma::ROW_THREADS, HS <= 64 ? 4 : 1)
     infini_retrieve_kernel3(InfiniPass p, const float* beta, const floatX* D, floatX* A) {
     using namespace infini_mma;
     extern __shared__ int4 infini_shared[];
@@ -291,7 +291,7 @@ __global__ void __launch_bounds__(infini_mma::ROW_THREADS, HS <= 64 ? 4 : 0)
 
 // As infini_gate_backward_kernel2.
 template <int HS>
-__global__ void __launch_bounds__(infini_mma::ROW_THREADS, HS <= 64 ? 3 : 0)
+__global__ void __launch_bounds__(infini_mma::ROW_THREADS, HS <= 64 ? 3 : 1)
     infini_gate_backward_kernel3(InfiniPass p, const float* beta, const floatX* D, floatX* dA, floatX* dn, float* dden, float* partial) {
     using namespace infini_mma;
     extern __shared__ int4 infini_shared[];
@@ -372,7 +372,7 @@ __global__ void __launch_bounds__(infini_mma::ROW_THREADS, HS <= 64 ? 3 : 0)
 // dq += (dn·Mᵀ + dden·zᵀ)⊙Φ'(q), in dqkv (N, qkv_stride), and dmemories[read] = Φ(q)ᵀ[dden | dn] over the rows of a segment and the query heads of a kv head.
 // One block a segment and kv head; tiles of HS rows, 16 of which belong to each warp until the sum over the tile's rows.
 template <int HS>
-__global__ void __launch_bounds__(infini_mma::SUM_THREADS<HS>, HS <= 64 ? 3 : 0)
+__global__ void __launch_bounds__(infini_mma::SUM_THREADS<HS>, HS <= 64 ? 3 : HS <= 96 ? 2 : 1)
     infini_query_backward_kernel3(InfiniPass p, const floatX* dn, const float* dden, floatX* dqkv, float* dmemories) {
     using namespace infini_mma;
     constexpr int STAGES = QUERY_STAGES<HS>, TILE = HS * STRIDE<HS>;
@@ -468,7 +468,7 @@ __global__ void __launch_bounds__(infini_mma::SUM_THREADS<HS>, HS <= 64 ? 3 : 0)
 
 // What a full segment adds to z and M, into memories[write]: Σ_t Φ(k_t) and Φ(k)ᵀv. One block a segment and kv head.
 template <int HS>
-__global__ void __launch_bounds__(infini_mma::SUM_THREADS<HS>, HS <= 64 ? 4 : 0) infini_write_kernel3(InfiniPass p) {
+__global__ void __launch_bounds__(infini_mma::SUM_THREADS<HS>, HS <= 64 ? 4 : 1) infini_write_kernel3(InfiniPass p) {
     using namespace infini_mma;
     constexpr int TILE = WRITE_TOKENS * STRIDE<HS>;
     extern __shared__ int4 infini_shared[];
@@ -579,7 +579,7 @@ __global__ void __launch_bounds__(infini_mma::SUM_THREADS<HS>, HS <= 64 ? 4 : 1)
 
 // As infini_normalizer_backward_kernel2. One block a segment and kv head, tiles of HS tokens, 16 a warp.
 template <int HS>
-__global__ void __launch_bounds__(infini_mma::SUM_THREADS<HS>, HS <= 64 ? 3 : 0) infini_normalizer_backward_kernel3(InfiniPass p, float* dmemories) {
+__global__ void __launch_bounds__(infini_mma::SUM_THREADS<HS>, HS <= 64 ? 3 : 1) infini_normalizer_backward_kernel3(InfiniPass p, float* dmemories) {
     using namespace infini_mma;
     constexpr int TILE = HS * STRIDE<HS>, WARPS = HS / 16;
     extern __shared__ int4 infini_shared[];
@@ -660,7 +660,7 @@ __global__ void __launch_bounds__(infini_mma::SUM_THREADS<HS>, HS <= 64 ? 3 : 0)
 
 // dk, dv of what full segments have written, += in dqkv (N, qkv_stride).
 template <int HS, bool DELTA>
-__global__ void __launch_bounds__(infini_mma::ROW_THREADS, HS <= 64 ? 2 : 0) infini_write_backward_kernel3(InfiniPass p, const float* dmemories, floatX* dqkv) {
+__global__ void __launch_bounds__(infini_mma::ROW_THREADS, HS <= 64 ? 2 : 1) infini_write_backward_kernel3(InfiniPass p, const float* dmemories, floatX* dqkv) {
     using namespace infini_mma;
     constexpr int STAGES = WRITE_BACKWARD_STAGES<HS>, TILE = 16 * STRIDE<HS>;
     extern __shared__ int4 infini_shared[];

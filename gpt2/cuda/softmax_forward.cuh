@@ -38,6 +38,7 @@ struct Block {
     // 3 keys before it. Keys before 0 are masked like those behind n_k.
     int begin, end;
     const floatX *q, *k, *v;  // the block's head: of the first query of the block, of the sequence's first key
+    int64_t k_stride, v_stride;
 };
 
 // The grid is one-dimensional, since only x has room for very many sequences. The tiles of one head of one sequence are neighbours, so that its keys are read
@@ -94,6 +95,8 @@ __device__ inline bool find_block(const SoftmaxAttention& a, int rows, int keys,
     b->q = a.q + (a.cu_q[s] + b->start) * a.q_stride + b->head * (int64_t)a.d_qk;
     b->k = a.k + a.cu_k[s] * a.k_stride + g * a.k_head;
     b->v = a.v + a.cu_k[s] * a.v_stride + g * a.v_head;
+    b->k_stride = a.k_stride;
+    b->v_stride = a.v_stride;
     return true;
 }
 
@@ -513,13 +516,13 @@ __device__ __forceinline__ void finish_rows(const SoftmaxAttention& a, int h, in
     store_rows<D, MT>(o + n * o_stride + h * (int64_t)a.d_v, o_stride, acc, factor, tile, rows, a.d_v);
 }
 
-// Four warps of MT·16 rows, d_qk <= DQK, d_v <= DV <= DQK. In shared memory stand the tile of Q, two buffers for a tile of K and one of V, and the Block: while
-// one tile of keys and values is worked on, the next one is on its way into the other buffer, so that one barrier a tile is enough.
+// Four warps of MT·16 rows, d_qk <= DQK, d_v <= DV <= DQK. In shared memory stand the tile of Q and two buffers for a tile of K and one of V: while one tile of
+// keys and values is worked on, the next one is on its way into the other buffer, so that one barrier a tile is enough.
 template <int DQK, int DV, int KEYS, int MT, bool DROPOUT>
 struct Shape5 {
     static constexpr int ROWS = 64 * MT, NT = KEYS / 8;
     static constexpr int Q_BYTES = ROWS * DQK * 2, K_BYTES = KEYS * DQK * 2, KV_BYTES = K_BYTES + KEYS * DV * 2;
-    static constexpr int BLOCK_AT = Q_BYTES + 2 * KV_BYTES, BYTES = BLOCK_AT + sizeof(Block);
+    static constexpr int BYTES = Q_BYTES + 2 * KV_BYTES;  // and sizeof(Block), which the compiler lays beside it
     // Blocks that a multiprocessor is to hold: 4, 3 and 2 limit a thread to 128, 168 and 255 registers.
     static constexpr int BLOCKS = DV <= 64 && !DROPOUT ? (MT == 1 ? 4 : 3) : 2;
 };
@@ -530,37 +533,36 @@ __global__ void __launch_bounds__(THREADS, Shape5<DQK, DV, KEYS, MT, DROPOUT>::B
     using Shape = Shape5<DQK, DV, KEYS, MT, DROPOUT>;
     constexpr int ROWS = Shape::ROWS, NT = Shape::NT;
     extern __shared__ __align__(128) int4 softmax_forward_shared[];
-    Block& b = *(Block*)((char*)softmax_forward_shared + Shape::BLOCK_AT);
+    __shared__ Block b;  // not in registers, which are scarce
     Block found;
     if (!find_block(a, ROWS, KEYS, DROPOUT, &found)) return;
     if (threadIdx.x == 0) b = found;
     __syncthreads();
     const int row = threadIdx.x / 32 * (16 * MT);                     // the warp's first row in the tile
     const int first = b.first + row, last = first + 16 * MT - 1;  // positions of the warp's rows
-    const uint32_t shared_q = (uint32_t)__cvta_generic_to_shared(softmax_forward_shared);
+    const uint32_t shared_q = (uint32_t)__cvta_generic_to_shared(softmax_forward_shared), shared_kv = shared_q + Shape::Q_BYTES;
     auto load_keys = [&](int j0, uint32_t to) {
-        load_tile<DQK, KEYS>(to, b.k, a.k_stride, j0, b.n_k, a.d_qk);
-        load_tile<DV, KEYS>(to + Shape::K_BYTES, b.v, a.v_stride, j0, b.n_k, a.d_v);
+        load_tile<DQK, KEYS>(to, b.k, b.k_stride, j0, b.n_k, a.d_qk);
+        load_tile<DV, KEYS>(to + Shape::K_BYTES, b.v, b.v_stride, j0, b.n_k, a.d_v);
     };
 
     float acc[MT][DV / 8][4] = {}, m[MT][2], l[MT][2] = {};
 #pragma unroll
     for (int mt = 0; mt < MT; mt++) m[mt][0] = m[mt][1] = -INFINITY;
-    uint32_t shared_k = shared_q + Shape::Q_BYTES;  // of the two buffers that which holds this tile
+    int now = 0;  // so many bytes behind the beginning of the buffers stands this tile
     int j0 = b.begin;
     if (j0 < b.end) {
         load_tile<DQK, ROWS>(shared_q, b.q, a.q_stride, 0, b.n_q - b.start, a.d_qk);
-        load_keys(j0, shared_k);
+        load_keys(j0, shared_kv);
     }
     for (; j0 < b.end; j0 += KEYS) {
         copy_async_wait();
         __syncthreads();  // this tile has come, and the one before has been read by all warps
-        uint32_t next_k = 2 * (shared_q + Shape::Q_BYTES) + Shape::KV_BYTES - shared_k;
-        if (j0 + KEYS < b.end) load_keys(j0 + KEYS, next_k);
+        if (j0 + KEYS < b.end) load_keys(j0 + KEYS, shared_kv + Shape::KV_BYTES - now);
         // Unless no row of this warp sees any of these keys:
         if (b.start + row < b.n_q && j0 <= last && (a.window == 0 || j0 + KEYS - 1 > first - a.window)) {
             float s[MT][NT][4] = {};
-            multiply_qk<Swizzled, DQK>(s, shared_q + row * (DQK * 2), shared_k);
+            multiply_qk<Swizzled, DQK>(s, shared_q + row * (DQK * 2), shared_kv + now);
             // Unless every row sees all of them:
             if (j0 + KEYS - 1 > first || j0 < 0 || j0 + KEYS > b.n_k || (a.window > 0 && j0 <= last - a.window))
                 mask_scores(s, first - j0, a.window, -j0, b.n_k - j0);
@@ -570,9 +572,9 @@ __global__ void __launch_bounds__(THREADS, Shape5<DQK, DV, KEYS, MT, DROPOUT>::B
 #pragma unroll
                 for (int mt = 0; mt < MT; mt++) drop_weights(s[mt], a, drop, first + mt * 16, j0);
             }
-            multiply_pv<Swizzled, DV>(acc, s, shared_k + Shape::K_BYTES);
+            multiply_pv<Swizzled, DV>(acc, s, shared_kv + now + Shape::K_BYTES);
         }
-        shared_k = next_k;
+        now = Shape::KV_BYTES - now;
     }
     if (b.start + row < b.n_q)
         finish_rows<DV>(a, b.head, a.cu_q[b.seq] + b.start + row, b.n_q - b.start - row, o, o_stride, lse, acc, m, l, DROPOUT ? a.dropout.scale : 1,
@@ -584,7 +586,7 @@ inline void launch5(cudaStream_t stream, const SoftmaxAttention& a, floatX* o, i
     using Shape = Shape5<DQK, DV, KEYS, MT, DROPOUT>;
     int blocks = grid_blocks(a, Shape::ROWS);
     if (blocks == 0) return;
-    allow_shared_memory(softmax_forward_kernel5<DQK, DV, KEYS, MT, DROPOUT>, Shape::BYTES);
+    allow_shared_memory(softmax_forward_kernel5<DQK, DV, KEYS, MT, DROPOUT>, Shape::BYTES + sizeof(Block));
     softmax_forward_kernel5<DQK, DV, KEYS, MT, DROPOUT>
         <<<blocks, THREADS, Shape::BYTES, stream>>>(a, o, o_stride, lse, a.scale * LOG2E);
     LAUNCH_CHECK();

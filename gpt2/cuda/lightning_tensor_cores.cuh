@@ -1,0 +1,448 @@
+// Lightning attention's sweeps on tensor cores: bf16 operands, float32 sums, head sizes up to 128 that are multiples of 8 (see lightning_sweep.cuh for what a
+// sweep computes, and for the formulas of a chunk).
+#pragma once
+
+#include "lightning_sweep.cuh"
+
+#ifndef GPU_FLOAT32
+
+namespace gpu {
+
+namespace lightning_mma {
+
+constexpr int CHUNK = 64;  // tokens
+
+enum Kind { STATES, SINGLE, PAIR };  // what spans add to the state; one sweep; a pair of them
+
+// HS is the head size rounded up to 32, 64, 96 or 128; behind the head size everything is zero. Of a chunk's outputs four warps have 16 rows each; for the
+// larger heads there are two groups of four warps, which share the columns. Of the state (HS,HS) the first HS/16 warps have 16 rows each, in registers.
+template <int HS>
+struct Shape {
+    static constexpr int GROUPS = HS > 64 ? 2 : 1, WARPS = 4 * GROUPS, THREADS = 32 * WARPS;
+    static constexpr int WIDTH = HS / GROUPS;        // columns of the outputs that a warp has
+    static constexpr int TILE = CHUNK * HS * 2;      // bytes
+    static constexpr int PIECES = HS / 8;            // of 16 bytes in a row
+    static constexpr int OWN = 16 * WIDTH / 8 / 32;  // pieces of its warp's outputs that a thread has
+};
+// In shared memory: two stages of the tiles B, D, A, pair A, so that the next chunk is on its way while this one is worked on; then the state as bf16.
+template <int KIND>
+constexpr int TILES = KIND == STATES   ? 2
+                      : KIND == SINGLE ? 3
+                                       : 4;
+template <int HS, int KIND>
+constexpr int shared_bytes = 2 * TILES<KIND>* Shape<HS>::TILE + (KIND == STATES ? 0 : HS * HS * 2);
+// Blocks that should fit on a multiprocessor of an H100: what its shared memory has room for, except where their registers would not.
+template <int HS, int KIND>
+constexpr int BLOCKS = HS <= 64   ? (KIND == STATES   ? 5
+                                     : KIND == SINGLE ? 4
+                                                      : 3)
+                       : HS == 96 ? (KIND == PAIR ? 1 : 2)
+                                  : 1;
+
+// ---- instructions. A warp's 32 threads: row = lane/4, column = 2·(lane%4). A register holds two neighbours of a row, the left one in its lower half.
+//   a (16x16): a[0] (row, column)   a[1] (row+8, column)   a[2] (row, column+8)   a[3] (row+8, column+8)
+//   b (16x8):  b0 (rows column, column+1; column row)      b1 (rows column+8, column+9; column row)
+//   c (16x8):  c[0], c[1] (row, column and column+1)       c[2], c[3] (row+8, the same)
+
+__device__ inline int lane() { return threadIdx.x % 32; }
+__device__ inline int lane_row() { return threadIdx.x % 32 / 4; }
+__device__ inline int lane_column() { return threadIdx.x % 4 * 2; }
+
+// Addresses are those of shared memory.
+__device__ inline uint32_t shared_address(const void* p) { return (uint32_t)__cvta_generic_to_shared(p); }
+__device__ inline uint4 load_shared(uint32_t address) {
+    uint4 x;
+    asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "r"(address) : "memory");
+    return x;
+}
+__device__ inline void store_shared(uint32_t address, uint4 x) {
+    asm volatile("st.shared.v4.u32 [%0], {%1,%2,%3,%4};" ::"r"(address), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w) : "memory");
+}
+__device__ inline void store_shared(uint32_t address, uint32_t x) { asm volatile("st.shared.u32 [%0], %1;" ::"r"(address), "r"(x) : "memory"); }
+
+// Four 8x8 matrices whose rows start at the addresses that lanes 0-7, 8-15, 16-23 and 24-31 give; each thread gets (row, column), (row, column+1) of them,
+// or of their transposes.
+__device__ inline void ldmatrix(uint32_t (&r)[4], uint32_t address) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];" : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address) : "memory");
+}
+__device__ inline void ldmatrix_transposed(uint32_t (&r)[4], uint32_t address) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(address)
+                 : "memory");
+}
+__device__ inline void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+// 16 bytes to shared memory; zeros unless `there`. `from` must be good in any case.
+__device__ inline void copy_async16(uint32_t address, const void* from, bool there) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(from), "r"(there ? 16 : 0) : "memory");
+}
+// Until all that this thread has asked for is there.
+__device__ inline void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
+__device__ inline float exp2_fast(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+__device__ inline float reciprocal(float x) {
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+__device__ inline uint32_t pack(float left, float right) {
+    __nv_bfloat162 x = __floats2bfloat162_rn(left, right);
+    return *(uint32_t*)&x;
+}
+__device__ inline float2 unpack(uint32_t x) { return make_float2(__uint_as_float(x << 16), __uint_as_float(x & 0xffff0000)); }
+
+// λ^d for d >= 0, and 0 for the others; −slope2 = log2(λ). d comes as a float, because converting integers would cost as much as the exponential.
+__device__ inline float power(float slope2, float d) { return d >= 0 ? exp2_fast(-slope2 * fmaxf(d, 0)) : 0; }
+
+// ---- SiLU of two numbers. The special function unit is what these kernels come close to filling: two sigmoids share one reciprocal.
+
+// 1/(1+e^{−x}): r = 1/(a·b), 1/a = r·b, 1/b = r·a. Below −40, where the sigmoid is 0 to anyone, it stays at e^{−40}: a·b must not overflow.
+__device__ inline float2 sigmoids(float2 x) {
+    constexpr float log2e = 1.44269504f;
+    float a = 1 + exp2_fast(log2e * fminf(-x.x, 40)), b = 1 + exp2_fast(log2e * fminf(-x.y, 40)), r = reciprocal(a * b);
+    return make_float2(r * b, r * a);
+}
+__device__ inline uint32_t silus(uint32_t u) {
+    float2 x = unpack(u), s = sigmoids(x);
+    return pack(x.x * s.x, x.y * s.y);
+}
+__device__ inline uint4 silus(uint4 u) { return make_uint4(silus(u.x), silus(u.y), silus(u.z), silus(u.w)); }
+// o⊙SiLU'(u)
+__device__ inline uint32_t times_silu_gradients(uint32_t o, uint32_t u) {
+    float2 y = unpack(o), x = unpack(u), s = sigmoids(x);
+    return pack(y.x * s.x * (1 + x.x * (1 - s.x)), y.y * s.y * (1 + x.y * (1 - s.y)));
+}
+__device__ inline uint4 times_silu_gradients(uint4 o, uint4 u) {
+    return make_uint4(times_silu_gradients(o.x, u.x), times_silu_gradients(o.y, u.y), times_silu_gradients(o.z, u.z), times_silu_gradients(o.w, u.w));
+}
+
+// ---- tiles: rows of HS/8 pieces of 8 numbers, at addresses that are multiples of 256. A row's pieces are exchanged among each other, depending on the row, so
+// that the same piece of 8 rows behind one another lies in 8 different groups of banks: those are what ldmatrix reads at a time. Piece p stands where piece
+// p ^ (row%8) would (in rows of 4·odd pieces p ^ (row/2%4)), so that from one piece to another an address changes by an exclusive or.
+
+template <int HS>
+__device__ inline uint32_t row_of(uint32_t tile, int row) {  // the address of its piece 0
+    return tile + row * HS * 2 + (HS % 64 == 0 ? row & 7 : row >> 1 & 3) * 16;
+}
+// The address of piece first+more of the row whose piece 0 stands at `address`; first and more have no bit in common if rows have 8 pieces or 16.
+template <int HS>
+__device__ inline uint32_t piece_of(uint32_t address, uint32_t first, uint32_t more = 0) {
+    if constexpr (HS % 64 == 0) return address ^ (first * 16) ^ (more * 16);
+    uint32_t piece = first + more;
+    return (address ^ (piece % 4 * 16)) + piece / 4 * 64;
+}
+// For this lane and ldmatrix: the 16x16 block at the start of a tile, by_rows with the matrices in the order (0,0), (8,0), (0,8), (8,8), by_columns in the
+// order (0,0), (0,8), (8,0), (8,8). So a block is an `a` operand by_rows; the transpose of a block is one by_columns and transposed. Two neighbouring `b`
+// operands (b0, b1, b0, b1) of B (depth, columns) are by_rows and transposed if the tile holds B, by_columns if it holds Bᵀ.
+template <int HS>
+__device__ inline uint32_t by_rows(uint32_t tile) {
+    return piece_of<HS>(row_of<HS>(tile, lane() % 16), lane() / 16);
+}
+template <int HS>
+__device__ inline uint32_t by_columns(uint32_t tile) {
+    return piece_of<HS>(row_of<HS>(tile, lane() / 16 * 8 + lane() % 8), lane() / 8 % 2);
+}
+// From there to the block 16·r rows further down, columns first + 16·c (first a multiple of the warps' columns).
+template <int HS>
+__device__ inline uint32_t block(uint32_t address, int r, int c, int first = 0) {
+    return piece_of<HS>(address, first / 8, 2 * c) + r * 16 * HS * 2;
+}
+
+// Calls f(row, piece, address) for this thread's pieces of a chunk's tile: always the same.
+template <int HS, class F>
+__device__ inline void for_pieces(uint32_t tile, F f) {
+    constexpr int PIECES = Shape<HS>::PIECES;
+#pragma unroll
+    for (int e = 0; e < CHUNK * PIECES; e += Shape<HS>::THREADS) {
+        int i = (e + threadIdx.x) / PIECES, piece = (e + threadIdx.x) % PIECES;
+        f(i, piece, piece_of<HS>(row_of<HS>(tile, i), piece));
+    }
+}
+// n rows from `row` on, `step` apart, and zeros behind them. What a thread has copied here it turns into SiLU of it in silu_tile(), without a barrier between.
+template <int HS>
+__device__ inline void load_tile(uint32_t tile, const LightningRows& x, int64_t row, int step, int n, int head, int hs) {
+    for_pieces<HS>(tile, [&](int i, int piece, uint32_t address) {
+        bool there = i < n && piece * 8 < hs;
+        copy_async16(address, there ? x.p + (row + step * i) * x.stride + head + piece * 8 : x.p, there);
+    });
+}
+template <int HS>
+__device__ inline void silu_tile(uint32_t tile) {
+    for_pieces<HS>(tile, [&](int, int, uint32_t address) { store_shared(address, silus(load_shared(address))); });
+}
+
+// P as `a` operands, rows 16r.. of a chunk: P_ij = λ^{i−j}·(a_i·b_j) for i >= j, else 0; p[b] is its columns 16b.. , not defined for b > r.
+template <int HS>
+__device__ inline void scores(uint32_t (&p)[4][4], uint32_t A, uint32_t B, int r, float slope2) {
+    float c[8][4] = {};
+    A = by_rows<HS>(A) + r * 16 * HS * 2, B = by_columns<HS>(B);
+#pragma unroll
+    for (int k = 0; k < HS / 16; k++) {
+        uint32_t a[4];
+        ldmatrix(a, block<HS>(A, 0, k));
+#pragma unroll
+        for (int b = 0; b < 4; b++) {
+            if (b > r) continue;
+            uint32_t y[4];
+            ldmatrix(y, block<HS>(B, b, k));
+            mma(c[2 * b], a, y[0], y[1]);
+            mma(c[2 * b + 1], a, y[2], y[3]);
+        }
+    }
+    float back = (float)(16 * r + lane_row() - lane_column());
+#pragma unroll
+    for (int b = 0; b < 4; b++) {
+        if (b > r) continue;
+#pragma unroll
+        for (int e = 0; e < 8; e++) {
+            float d = back + (float)(e / 2 % 2 * 8 - e / 4 * 8 - e % 2 - 16 * b), &x = c[2 * b + e / 4][e % 4];  // d = i − j
+            x = d >= 0 ? x * power(slope2, d) : 0;
+        }
+#pragma unroll
+        for (int e = 0; e < 4; e++) p[b][e] = pack(c[2 * b + e / 2][e % 2 * 2], c[2 * b + e / 2][e % 2 * 2 + 1]);
+    }
+}
+
+// o (16,WIDTH) = diag(λ^{i+1})·A·S, or A·Sᵀ: rows 16r.. of the chunk, columns from `column` on.
+template <int HS, bool TRANSPOSED>
+__device__ inline void times_state(float (&o)[Shape<HS>::WIDTH / 8][4], uint32_t A, uint32_t state, int r, int column, float slope2) {
+    constexpr int WIDTH = Shape<HS>::WIDTH;
+#pragma unroll
+    for (int n = 0; n < WIDTH / 8; n++) o[n][0] = o[n][1] = o[n][2] = o[n][3] = 0;
+    A = by_rows<HS>(A) + r * 16 * HS * 2;
+    state = TRANSPOSED ? by_columns<HS>(state) + column * HS * 2 : by_rows<HS>(state);
+#pragma unroll
+    for (int k = 0; k < HS / 16; k++) {
+        uint32_t a[4];
+        ldmatrix(a, block<HS>(A, 0, k));
+#pragma unroll
+        for (int n = 0; n < WIDTH / 16; n++) {
+            uint32_t s[4];
+            if (TRANSPOSED)
+                ldmatrix(s, block<HS>(state, n, k));
+            else
+                ldmatrix_transposed(s, block<HS>(state, k, n, column));
+            mma(o[2 * n], a, s[0], s[1]);
+            mma(o[2 * n + 1], a, s[2], s[3]);
+        }
+    }
+    float first = (float)(16 * r + lane_row() + 1), above = power(slope2, first), below = power(slope2, first + 8);
+#pragma unroll
+    for (int n = 0; n < WIDTH / 8; n++) {
+        o[n][0] *= above, o[n][1] *= above;
+        o[n][2] *= below, o[n][3] *= below;
+    }
+}
+
+}  // namespace lightning_mma
+
+template <int HS, int KIND>
+__global__ void __launch_bounds__(lightning_mma::Shape<HS>::THREADS, (lightning_mma::BLOCKS<HS, KIND>))
+    lightning_sweep_kernel3(const Lightning g, const LightningSweep w) {
+    using namespace lightning_mma;
+    constexpr int GROUPS = Shape<HS>::GROUPS, WARPS = Shape<HS>::WARPS, WIDTH = Shape<HS>::WIDTH, TILE = Shape<HS>::TILE, OWN = Shape<HS>::OWN;
+    constexpr int STAGE = TILES<KIND> * TILE;
+    extern __shared__ __align__(256) unsigned char lightning_memory[];
+    uint32_t tiles = shared_address(lightning_memory), state = tiles + 2 * STAGE;
+    int warp = threadIdx.x / 32, column = GROUPS == 1 ? 0 : warp / 4 * WIDTH, h = blockIdx.x % g.heads, hs = g.hs, head = h * hs;
+    LightningSpan q;
+    if (!g.find(blockIdx.x / g.heads, q)) return;
+    if (KIND == STATES && q.index == q.spans - 1) return;
+
+    double slope = g.slope(h);
+    float slope2 = (float)(slope * 1.4426950408889634), full = (float)exp(-slope * CHUNK);
+    int chunks = (q.n + CHUNK - 1) / CHUNK, step = w.reverse ? -1 : 1;
+    int64_t first = q.row(w.reverse);
+    auto load = [&](int chunk) {
+        uint32_t to = tiles + chunk % 2 * STAGE;
+        int64_t row = first + (int64_t)step * CHUNK * chunk;
+        int n = min(CHUNK, q.n - CHUNK * chunk);
+        load_tile<HS>(to, w.b, row, step, n, head, hs);
+        load_tile<HS>(to + TILE, w.d, row, step, n, head, hs);
+        if constexpr (KIND != STATES) load_tile<HS>(to + 2 * TILE, w.a, row, step, n, head, hs);
+        if constexpr (KIND == PAIR) load_tile<HS>(to + 3 * TILE, w.pair_a, row, step, n, head, hs);
+    };
+    if (chunks > 0) load(0);
+
+    // The state, rows 16·warp.. . In s[0] the columns from `column` on, which are also those of this warp's outputs; with two groups in s[1] the others.
+    bool has_state = WARPS * 16 == HS || warp < HS / 16;
+    int columns[2] = {column, WIDTH - column};
+    float s[GROUPS][WIDTH / 8][4];
+    auto for_state = [&](auto f) {  // f(row, column, number) for this thread's numbers
+#pragma unroll
+        for (int y = 0; y < GROUPS; y++)
+#pragma unroll
+            for (int n = 0; n < WIDTH / 8; n++)
+#pragma unroll
+                for (int e = 0; e < 4; e++) f(16 * warp + lane_row() + e / 2 * 8, columns[y] + 8 * n + lane_column() + e % 2, s[y][n][e]);
+    };
+    const float* from = KIND == STATES ? nullptr : g.start(q, h);
+    bool turned = w.transposed && q.index == 0;
+    for_state([&](int i, int j, float& x) {
+        x = 0;
+        if (from && i < hs && j < hs) x = turned ? from[j * hs + i] : from[i * hs + j];
+    });
+    auto store_state = [&] {
+        if (!has_state) return;
+        uint32_t row = row_of<HS>(state, 16 * warp + lane_row()) + 2 * lane_column();
+#pragma unroll
+        for (int y = 0; y < GROUPS; y++)
+#pragma unroll
+            for (int n = 0; n < WIDTH / 8; n++)
+#pragma unroll
+                for (int e = 0; e < 2; e++) store_shared(piece_of<HS>(row, columns[y] / 8, n) + e * 8 * HS * 2, pack(s[y][n][2 * e], s[y][n][2 * e + 1]));
+    };
+    if constexpr (KIND != STATES) store_state();
+
+    for (int chunk = 0; chunk < chunks; chunk++) {
+        uint32_t B = tiles + chunk % 2 * STAGE, D = B + TILE, A = D + TILE, pair_A = A + TILE;
+        int n = min(CHUNK, q.n - CHUNK * chunk);
+        wait_for_copies();
+        if (w.b.silu) silu_tile<HS>(B);
+        if (w.d.silu) silu_tile<HS>(D);
+        if constexpr (KIND != STATES)
+            if (w.a.silu) silu_tile<HS>(A);
+        if constexpr (KIND == PAIR)
+            if (w.pair_a.silu) silu_tile<HS>(pair_A);
+        __syncthreads();  // the tiles and the state are there, and nobody is left in the other stage
+        if (chunk + 1 < chunks) load(chunk + 1);
+
+        // Which 16 rows of the outputs a warp has changes from chunk to chunk (and from block to block), because the upper ones need less of P, and a warp
+        // stays on one of the multiprocessor's four parts.
+        int r = (warp + chunk + (blockIdx.x >> 2)) % 4;
+        uint32_t p[4][4];
+        float o[WIDTH / 8][4];
+        if constexpr (KIND != STATES) {
+            scores<HS>(p, A, B, r, slope2);
+            times_state<HS, false>(o, A, state, r, column, slope2);
+        }
+        // O += P·D and S = λⁿ·S + (diag(λ^{n−1−i})·B)ᵀD share what they read of D.
+        float decay = n == CHUNK ? full : exp2f(-slope2 * (float)n), behind = (float)(n - 1 - lane_column());
+        uint32_t b_rows = by_columns<HS>(B), d_rows = by_rows<HS>(D);
+#pragma unroll
+        for (int y = 0; y < GROUPS; y++)
+#pragma unroll
+            for (int k = 0; k < WIDTH / 8; k++)
+#pragma unroll
+                for (int e = 0; e < 4; e++) s[y][k][e] *= decay;
+#pragma unroll
+        for (int b = 0; b < 4; b++) {
+            uint32_t x[4] = {};
+            if (has_state) {
+                ldmatrix_transposed(x, block<HS>(b_rows, b, 0, 16 * warp));
+#pragma unroll
+                for (int e = 0; e < 4; e++) {
+                    float d = behind - (float)(16 * b + e / 2 * 8);  // tokens behind the left one of the two
+                    float2 z = unpack(x[e]);
+                    x[e] = pack(z.x * power(slope2, d), z.y * power(slope2, d - 1));
+                }
+            }
+#pragma unroll
+            for (int k = 0; k < WIDTH / 16; k++)
+#pragma unroll
+                for (int y = 0; y < GROUPS; y++) {
+                    uint32_t d[4];
+                    ldmatrix_transposed(d, block<HS>(d_rows, b, k, columns[y]));
+                    if constexpr (KIND != STATES) {
+                        if (y == 0 && b <= r) {
+                            mma(o[2 * k], p[b], d[0], d[1]);
+                            mma(o[2 * k + 1], p[b], d[2], d[3]);
+                        }
+                    }
+                    if (has_state) {
+                        mma(s[y][2 * k], x, d[0], d[1]);
+                        mma(s[y][2 * k + 1], x, d[2], d[3]);
+                    }
+                }
+        }
+        if constexpr (KIND == STATES) continue;
+
+        // Results wait as bf16 until nobody needs the tiles A and the state any more; what the outputs are to be multiplied with is fetched meanwhile.
+        int64_t row = first + (int64_t)step * (CHUNK * chunk + 16 * r);
+        auto result = [&](uint32_t(&to)[WIDTH / 8][2]) {
+#pragma unroll
+            for (int k = 0; k < WIDTH / 8; k++)
+#pragma unroll
+                for (int e = 0; e < 2; e++) to[k][e] = pack(g.scale * o[k][2 * e], g.scale * o[k][2 * e + 1]);
+        };
+        auto for_output = [&](auto f) {  // f(number of the piece, its row among this warp's 16, its place in a row, whether it exists)
+#pragma unroll
+            for (int e = 0; e < OWN; e++) {
+                int i = (lane() + 32 * e) / (WIDTH / 8), piece = column / 8 + (lane() + 32 * e) % (WIDTH / 8);
+                f(e, i, piece, 16 * r + i < n && piece * 8 < hs);
+            }
+        };
+        auto fetch = [&](uint4(&u)[OWN], const LightningOutput& out) {
+            for_output([&](int e, int i, int piece, bool there) {
+                u[e] = make_uint4(0, 0, 0, 0);
+                if (out.u && there) u[e] = *(const uint4*)(out.u + (row + step * i) * out.u_stride + head + piece * 8);
+            });
+        };
+        // Through this warp's part of a tile, from where rows go to global memory 16 bytes at a time.
+        auto store = [&](const LightningOutput& out, const uint32_t(&from)[WIDTH / 8][2], const uint4(&u)[OWN], uint32_t tile) {
+            uint32_t to = row_of<HS>(tile, 16 * r + lane_row()) + 2 * lane_column();
+#pragma unroll
+            for (int k = 0; k < WIDTH / 8; k++)
+#pragma unroll
+                for (int e = 0; e < 2; e++) store_shared(piece_of<HS>(to, column / 8, k) + e * 8 * HS * 2, from[k][e]);
+            __syncwarp();
+            for_output([&](int e, int i, int piece, bool there) {
+                uint4 x = load_shared(piece_of<HS>(row_of<HS>(tile, 16 * r + i), piece));
+                if (out.u) x = times_silu_gradients(x, u[e]);
+                if (there) *(uint4*)(out.p + (row + step * i) * out.stride + head + piece * 8) = x;
+            });
+        };
+        uint32_t out[WIDTH / 8][2];
+        uint4 u[OWN];
+        result(out);
+        if constexpr (KIND == PAIR) {
+            // The second sweep's P comes from pair_A and D, its states are the transposes, and its P is multiplied with B.
+            scores<HS>(p, pair_A, D, r, slope2);
+            times_state<HS, true>(o, pair_A, state, r, column, slope2);
+            uint32_t b_columns = by_rows<HS>(B);
+#pragma unroll
+            for (int b = 0; b < 4; b++) {
+                if (b > r) continue;
+#pragma unroll
+                for (int k = 0; k < WIDTH / 16; k++) {
+                    uint32_t y[4];
+                    ldmatrix_transposed(y, block<HS>(b_columns, b, k, column));
+                    mma(o[2 * k], p[b], y[0], y[1]);
+                    mma(o[2 * k + 1], p[b], y[2], y[3]);
+                }
+            }
+            uint32_t pair_out[WIDTH / 8][2];
+            uint4 pair_u[OWN];
+            result(pair_out);
+            fetch(u, w.o);
+            fetch(pair_u, w.pair_o);
+            __syncthreads();
+            store_state();
+            store(w.o, out, u, A);
+            store(w.pair_o, pair_out, pair_u, pair_A);
+        } else {
+            fetch(u, w.o);
+            __syncthreads();
+            store_state();
+            store(w.o, out, u, A);
+        }
+    }
+
+    float* to = KIND == STATES ? g.border(q, q.index, h) : g.finish(q, h);
+    if (!to || !has_state) return;
+    for_state([&](int i, int j, float& x) {
+        if (i < hs && j < hs) to[i * hs + j] = x;
+    });
+}
+
+}  // namespace gpu
+
+#endif
