@@ -180,7 +180,7 @@ struct Gpt2 : Trainer {
     // ---- activations --------------------------------------------------------------------------------------------------------------------------------
 
     // From which --recompute level on a layer's activation is computed again in backward instead of being kept: norms and GELU from 1, all but the block's
-    // input from 2.
+    // input from 2. What level 2 computes again has the same bits; so has level 1, except GELU in bf16, which it takes of the rounded input.
     static int recompute_level(const std::string& name) { return name == "ln1" || name == "ln2" || name == "gelu" ? 1 : name == "x" ? 3 : 2; }
 
     // The layer whose tensor layer l uses: its own if backward needs it, else one that serves all layers whose attention saves the same.

@@ -25,6 +25,7 @@ def main():
     ap.add_argument("out")
     ap.add_argument("runs", nargs="+")
     ap.add_argument("--bigram", type=float)
+    ap.add_argument("--unit", default="byte", help="what the runs count: byte or token")
     a = ap.parse_args()
     figure, axes = plt.subplots(figsize=(8, 4.2))
     for run in a.runs:
@@ -37,10 +38,10 @@ def main():
     if a.bigram:
         axes.axhline(a.bigram, linestyle="--", color="gray", linewidth=1, label="bigram model")
     axes.set_yscale("log")
-    axes.set_yticks([0.2, 0.3, 0.5, 1, 2, 4], ["0.2", "0.3", "0.5", "1", "2", "4"])
+    axes.set_yticks(*zip(*[(t, f"{t:g}") for t in (0.2, 0.3, 0.5, 1, 2, 3, 4, 6, 10) if axes.get_ylim()[0] <= t <= axes.get_ylim()[1]]))
     axes.minorticks_off()
-    axes.set_xlabel("million bytes seen")
-    axes.set_ylabel("loss, nats a byte")
+    axes.set_xlabel(f"million {a.unit}s seen")
+    axes.set_ylabel(f"loss, nats a {a.unit}")
     axes.grid(alpha=0.3)
     axes.legend()
     figure.tight_layout()

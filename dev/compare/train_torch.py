@@ -2,11 +2,12 @@
 """PyTorch beside our trainer: the causal GPT-2 of a run, from the run's own initial checkpoint, on the same batches, with the same optimiser.
 
     ./train_gpt2cu train --preset gpt2-124M --data data/real/train.bin --steps 0 --out runs/causal ...     writes step_00000000
-    dev/compare/train_torch.py runs/causal --steps 300 --out runs/torch.jsonl                              one line a step: {"step": 1, "loss": ...}
+    ./train_gpt2cu train --resume --out runs/causal --steps 300
+    dev/compare/train_torch.py runs/causal --steps 300 --out runs/torch/log.jsonl      one line a step: {"step": 1, "loss": ...}
 
 bf16 autocast over float32 weights, SDPA, fused AdamW. Options (batch, learning rate, schedule, ...) are read from the run's config.json.
 """
-import argparse, json, math
+import argparse, json, math, os
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -96,6 +97,7 @@ def main():
     optimizer = torch.optim.AdamW(groups, lr=o["lr"], betas=(o["beta1"], o["beta2"]), eps=o["eps"], fused=True)
     loader = Loader(o["data"], o["batch"], o["seq"], o["seed"])
     f = torch.compile(forward) if a.compile else forward
+    os.makedirs(os.path.dirname(a.out) or ".", exist_ok=True)
     with open(a.out, "w") as out:
         for step in range(1, a.steps + 1):
             x, y = loader.batch(step - 1)
@@ -107,7 +109,7 @@ def main():
                 g["lr"] = learning_rate(o, a.steps, step)
             optimizer.step()
             optimizer.zero_grad()
-            out.write(json.dumps({"step": step, "loss": loss.item(), "grad_norm": norm.item()}) + "\n")
+            out.write(json.dumps({"step": step, "loss": loss.item(), "grad_norm": norm.item(), "tokens": step * x.numel()}) + "\n")
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ namespace gpu {
 
 using namespace softmax_bwd;
 
-// ---- version 1 ------------------------------------------------------------------------------------------------------------------------------------------------
+// ---- version 1 ------------------------------------------------------------------------------------------------------------------------------------------
 
 constexpr int NAIVE_MAX_D = 256;
 
@@ -103,7 +103,7 @@ static bool launch1(cudaStream_t stream, const SoftmaxAttention& a, const Softma
     return true;
 }
 
-// ---- versions 3 and 4 -------------------------------------------------------------------------------------------------------------------------------------------
+// ---- versions 3 and 4 -----------------------------------------------------------------------------------------------------------------------------------
 #ifndef GPU_FLOAT32
 
 // Rows one behind another.
@@ -243,7 +243,7 @@ static bool launch3(cudaStream_t stream, const SoftmaxAttention& a, const Softma
     return true;
 }
 
-// ---- version 5 ----------------------------------------------------------------------------------------------------------------------------------------------------
+// ---- version 5 ------------------------------------------------------------------------------------------------------------------------------------------
 
 static bool launch5(cudaStream_t stream, const SoftmaxAttention& a, const SoftmaxGradients& g, const float2* stats) {
     if (!fits_tensor_cores(a, g) || a.dropout.p > 0 || std::max(a.d_qk, a.d_v) > 64) return false;  // larger heads: version 6 is the same
@@ -274,7 +274,7 @@ static bool backward(int version, cudaStream_t stream, const SoftmaxAttention& a
 
 }  // namespace gpu
 
-// ---- problems ---------------------------------------------------------------------------------------------------------------------------------------------------
+// ---- problems -------------------------------------------------------------------------------------------------------------------------------------------
 
 struct Problem {
     int heads, kv_heads, d_qk, d_v;
@@ -358,7 +358,8 @@ static void check(Ladder& ladder, const Problem& p, double absolute = 1e-6) {
     for (int s = 0; s < p.num_seqs(); s++) drop_seq.push_back(s / 2), drop_pos.push_back(s * 37 % 101);
 
     // The CPU's forward and backward pass. It gets o as the GPU does: rounded.
-    std::vector<float> q = random_numbers(p.q_numbers(q_rows), 1), kv = random_numbers(p.kv_numbers(k_rows, p.v_gap), 2), d_o = random_numbers(q_rows * p.o_width(), 3);
+    std::vector<float> q = random_numbers(p.q_numbers(q_rows), 1), kv = random_numbers(p.kv_numbers(k_rows, p.v_gap), 2),
+                       d_o = random_numbers(q_rows * p.o_width(), 3);
     std::vector<float> o(q_rows * p.o_width()), lse(q_rows * p.heads), dq(p.q_numbers(q_rows)), dkv(p.kv_numbers(k_rows, 0));
     cpu::SoftmaxAttention host = p.attention<cpu::SoftmaxAttention, float>(q.data(), kv.data(), cu_q.data(), cu_k.data());
     host.dropout = {p.dropout, SEED, STEP * LAYERS + LAYER, FIRST_ROW};
@@ -391,7 +392,8 @@ static void check(Ladder& ladder, const Problem& p, double absolute = 1e-6) {
     DeviceArray<char> scratch(gpu::softmax_backward_scratch(p.heads, p.kv_heads, p.d_qk, p.d_v, q_rows, k_rows));
 
     const int64_t k_width = (int64_t)p.kv_heads * p.d_qk, v_width = (int64_t)p.kv_heads * p.d_v;
-    auto part = [&](const char* name, DeviceArray<floatX>& device, const std::vector<float>& reference, int64_t rows, int64_t stride, int64_t offset, int64_t width) {
+    auto part = [&](const char* name, DeviceArray<floatX>& device, const std::vector<float>& reference, int64_t rows, int64_t stride, int64_t offset,
+                    int64_t width) {
         Output x = output(name, device, columns(reference, rows, stride, offset, width), TOLERANCE, absolute);
         x.read = [&device, rows, stride, offset, width] { return columns(device.to_host(), rows, stride, offset, width); };
         return x;
@@ -400,10 +402,11 @@ static void check(Ladder& ladder, const Problem& p, double absolute = 1e-6) {
     DeviceArray<floatX>& keys = p.packed() ? gpu_dq : gpu_dkv;
     const std::vector<float>& keys_reference = p.packed() ? dq : dkv;
     ladder.check(p.name(),
-                 {part("dq", gpu_dq, dq, q_rows, g.dq_stride, 0, p.q_width()),
-                  part("dk", keys, keys_reference, k_rows, g.dk_stride, kv_offset, k_width),
+                 {part("dq", gpu_dq, dq, q_rows, g.dq_stride, 0, p.q_width()), part("dk", keys, keys_reference, k_rows, g.dk_stride, kv_offset, k_width),
                   part("dv", keys, keys_reference, k_rows, g.dv_stride, kv_offset + k_width, v_width)},
-                 [&](int version) { return gpu::backward(version, ladder.stream, a, g, gpu::Scratch{scratch, scratch.size}); });
+                 [&](int version) {
+                     return gpu::backward(version, ladder.stream, a, g, gpu::Scratch{scratch, scratch.size});
+                 });
 }
 
 // Numbers that repeat, since making so many random ones takes long.

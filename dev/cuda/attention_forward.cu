@@ -1,24 +1,24 @@
 // Softmax attention, forward. The equations and the versions in use: gpt2/cuda/softmax_forward.cuh. The reference: cpu::softmax_forward in attention.h.
 //
-//     make dev/cuda/attention_forward && ./attention_forward         all versions, checked and timed       (./attention_forward 5: one alone)
+//     ./attention_forward        all versions, checked and timed           ./attention_forward 5        version 5 alone
 //
-// 1. A thread for each query row. The scores are computed three times (for d_v = 64: once for m and l, once for each 32 columns of o), because there is nowhere
-//    to keep them; the threads of a warp read their rows of q in steps of a whole row, 32 cache lines an instruction. What the others improve on.
-// 2. Tiles: 64 queries by 64 keys a block, both products from slabs in shared memory, 8×4 numbers a thread in registers. Each number read from memory is used 64
-//    times. Expected: a third to a half of the float32 rate of 67 TFLOP/s, some hundred times version 1's rate. In use: float32, and odd sizes.
-// 3. Tensor cores: mma.sync.m16n8k16 on bf16, FlashAttention-2's division of labour: a warp owns 16 rows of the block's 64 and needs nothing of the others;
-//    scores stay in registers, and turn into the left operand of P·V without moving. Tiles are loaded by ordinary instructions between two barriers, rows
-//    of 128 bytes one below the other, so that ldmatrix meets one bank eight times. Expected: ten times version 2.
-// 4. cp.async into two buffers and swizzled rows: the next tile of keys and values is on its way while this one is worked on, one barrier a tile instead
-//    of two, and ldmatrix without bank conflicts. Expected: twice version 3, then bound by shared memory: each 16 rows read all keys and all values, 16 bytes
-//    for each score at d = 64, which at 128 bytes a clock and multiprocessor is 0.25 ms for the first shape below.
-// 5. 32 rows a warp, 128 a block: each matrix fetched by ldmatrix is used twice, half the traffic of shared memory, and the tensor cores are the limit.
-//    Expected: 1.3 times version 4. In use.
-//
-// What must be done, for B sequences of T tokens, causal: 2·(d_qk+d_v) FLOPs for each of B·NH·T·(T+1)/2 pairs; q, k, v read and o written once. At B 64, NH 12,
-// T 1024, d 64: 103 GFLOP, 0.15 ms at 690 TFLOP/s; 0.4 GB, 0.14 ms at 3.0 TB/s. mma.sync reaches about 60% of that FLOP rate on an H100 (the rest needs wgmma),
-// and each score needs an exponential, of which a multiprocessor makes 16 a clock: 0.12 ms, beside the products at best.
+// What must be done for B sequences of T tokens, causal: 2·(d_qk+d_v) FLOPs for each of B·NH·T·(T+1)/2 pairs; q, k, v read and o written once. At B 64,
+// NH 12, T 1024, d 64: 103 GFLOP, 0.15 ms at 690 TFLOP/s; 0.4 GB, 0.14 ms at 3.0 TB/s. mma.sync reaches some 60% of that FLOP rate on an H100 (the rest needs
+// wgmma), and each of 0.4·10⁹ scores needs an exponential, of which a multiprocessor makes 16 a clock: 0.11 ms, beside the products at best.
 // FlashAttention-2 in PyTorch takes 0.46 ms for it.
+//
+// 1. A thread for each query row. The scores are computed again and again (for d_v = 64 three times: for m and l, and for each 32 columns of o), because there
+//    is nowhere to keep them, and the threads of a warp read q a whole row apart, 32 cache lines an instruction.
+// 2. Tiles: 64 queries by 64 keys a block, both products from slabs in shared memory, 8×4 numbers a thread in registers, so that each number read from
+//    memory is used 64 times. Expected: a third to a half of the float32 rate of 67 TFLOP/s, a hundred times version 1. In use for float32 and for odd sizes.
+// 3. Tensor cores: mma.sync.m16n8k16 on bf16 with FlashAttention-2's division of labour: a warp owns 16 of the block's 64 rows and needs nothing of the other
+//    warps; its scores stay in registers and become the left operand of P·V where they are. Tiles are loaded by ordinary instructions between two barriers,
+//    row below row, so that the eight rows of an ldmatrix meet the same banks. Expected: five times version 2.
+// 4. cp.async into two buffers, swizzled rows: the next tile of keys and values is on its way while this one is worked on, one barrier a tile instead of two,
+//    no bank conflicts, and masks only in tiles that need them. Expected: twice version 3. Then shared memory is the limit: every 16 rows read all keys and
+//    values, 16 bytes a score at d 64, which at 128 bytes a clock and multiprocessor is 0.25 ms for the shape above. (Version 5's code with MT = 1.)
+// 5. 32 rows a warp, 128 a block: what ldmatrix fetches is used twice, so that the traffic of shared memory halves and the tensor cores are the limit.
+//    Expected: 1.3 times version 4, 0.35 ms. In use.
 #include "../../gpt2/cuda/softmax_forward.cuh"
 
 #include "ladder.h"
@@ -32,7 +32,7 @@ __global__ void softmax_forward_kernel1(SoftmaxAttention a, floatX* o, int64_t o
     int s = blockIdx.x / blocks_per_seq, i = blockIdx.x % blocks_per_seq * blockDim.x + threadIdx.x, h = blockIdx.y, g = a.kv_head(h), lo, hi;
     if (i >= a.q_len(s)) return;
     int position = a.position(s, i);
-    softmax_fwd::visible_keys(position, a.window, a.k_len(s), 0, &lo, &hi);
+    softmax_fwd::visible_keys(position, a.window, 0, a.k_len(s), &lo, &hi);
     int64_t n = a.cu_q[s] + i;
     const floatX* q = a.q + n * a.q_stride + (int64_t)h * a.d_qk;
     auto score = [&](int j) {
@@ -79,8 +79,6 @@ inline void forward1(cudaStream_t stream, const SoftmaxAttention& a, floatX* o, 
 
 // ---- version 3 ---------------------------------------------------------------------------------------------------------------------------------------------
 #ifndef GPU_FLOAT32
-
-namespace softmax_fwd = gpu::softmax_fwd;
 
 // Rows one below the other, chunks in their order.
 template <int D>
@@ -148,7 +146,7 @@ inline bool forward3(cudaStream_t stream, const SoftmaxAttention& a, floatX* o, 
 // False: this version does not do it.
 inline bool forward(int version, cudaStream_t stream, const SoftmaxAttention& a, floatX* o, int64_t o_stride, float* lse) {
     if (version == 1) return forward1(stream, a, o, o_stride, lse), true;
-    if (version == 2) return gpu::softmax_fwd::forward2(stream, a, o, o_stride, lse), true;
+    if (version == 2) return softmax_fwd::forward2(stream, a, o, o_stride, lse), true;
 #ifdef GPU_FLOAT32
     return false;
 #else
@@ -186,7 +184,8 @@ inline std::vector<float> rows_among_nan(const std::vector<int>& cu, int64_t col
     return x;
 }
 
-// What is compared of an array of `count` rows, each of `inner` numbers `stride` apart: the rows of the sequences; and behind them, that all else is still poison.
+// What is compared of an array of `count` rows, each of `inner` numbers `stride` apart: the rows of the sequences; and behind them, that all else is still
+// poison.
 inline std::vector<float> rows_and_poison(const std::vector<float>& x, int first, int end, int64_t count, int64_t inner, int64_t stride) {
     std::vector<float> out;
     double touched = 0;
@@ -327,7 +326,7 @@ inline void fill(DeviceArray<floatX>& x) {
 }
 
 // B sequences of T tokens. d_qk = d_v: q, k, v packed in rows of 3·C. Otherwise as MLA has them: q, k in rows of NH·d_qk, v in rows of [k_nope | v] a head.
-inline void time(Ladder& ladder, const std::string& name, int B, int T, int heads, int d_qk, int d_v, double dropout = 0) {
+inline void time_shape(Ladder& ladder, const std::string& name, int B, int T, int heads, int d_qk, int d_v, double dropout = 0) {
     bool packed = d_qk == d_v;
     int64_t N = (int64_t)B * T, C = heads * d_v, d_nope = packed ? 0 : d_v;
     std::vector<int> cu;
@@ -357,13 +356,13 @@ int main(int argc, char** argv) {
                    "32 rows a warp (in use)"},
                   argc, argv);
     check_all(ladder);
-    time(ladder, "B 4, NH 12, T 1024, d 64", 4, 1024, 12, 64, 64);
-    time(ladder, "B 64, NH 12, T 1024, d 64", 64, 1024, 12, 64, 64);
-    time(ladder, "the same, dropout 0.1", 64, 1024, 12, 64, 64, 0.1);
-    time(ladder, "B 8, NH 12, T 8192, d 64", 8, 8192, 12, 64, 64);
-    time(ladder, "B 256, NH 12, T 256, d 64", 256, 256, 12, 64, 64);
-    time(ladder, "B 8, NH 16, T 4096, d 128", 8, 4096, 16, 128, 128);
-    time(ladder, "B 64, NH 12, T 1024, d 96/64", 64, 1024, 12, 96, 64);
-    time(ladder, "B 4, NH 16, T 8192, d 192/128", 4, 8192, 16, 192, 128);
+    time_shape(ladder, "B 4, NH 12, T 1024, d 64", 4, 1024, 12, 64, 64);
+    time_shape(ladder, "B 64, NH 12, T 1024, d 64", 64, 1024, 12, 64, 64);
+    time_shape(ladder, "the same, dropout 0.1", 64, 1024, 12, 64, 64, 0.1);
+    time_shape(ladder, "B 8, NH 12, T 8192, d 64", 8, 8192, 12, 64, 64);
+    time_shape(ladder, "B 256, NH 12, T 256, d 64", 256, 256, 12, 64, 64);
+    time_shape(ladder, "B 8, NH 16, T 4096, d 128", 8, 4096, 16, 128, 128);
+    time_shape(ladder, "B 64, NH 12, T 1024, d 96/64", 64, 1024, 12, 96, 64);
+    time_shape(ladder, "B 4, NH 16, T 8192, d 192/128", 4, 8192, 16, 192, 128);
     return ladder.finish();
 }

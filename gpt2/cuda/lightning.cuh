@@ -237,7 +237,7 @@ inline void lightning_sweep(cudaStream_t stream, Lightning g, LightningSweep w, 
 
 // o (N,C) from u (N,3C), and the states that g.memory_to or g.states point at. cpu::lightning_recurrence_forward.
 inline void lightning_recurrence_forward(cudaStream_t stream, const Lightning& g, const floatX* u, floatX* o, Scratch scratch, const LightningMethod& method) {
-    int64_t C = g.channels();
+    int C = (int)g.channels();
     LightningSweep w = {{u, 3 * C, true}, {u + C, 3 * C, true}, {u + 2 * C, 3 * C, true}, {o, C, nullptr, 0}, false, false, {}, {}};
     lightning_sweep(stream, g, w, scratch, method);
 }
@@ -245,7 +245,7 @@ inline void lightning_recurrence_forward(cudaStream_t stream, const Lightning& g
 // du (N,3C) from d_o (N,C) and u (N,3C). Gradients stop at the states that sequences start from (g.memory_from). cpu::lightning_recurrence_backward.
 inline void lightning_recurrence_backward(cudaStream_t stream, Lightning g, const floatX* u, const floatX* d_o, floatX* du, Scratch scratch,
                                           const LightningMethod& method) {
-    int64_t C = g.channels();
+    int C = (int)g.channels();
     LightningRows q = {u, 3 * C, true}, k = {u + C, 3 * C, true}, v = {u + 2 * C, 3 * C, true}, gradient = {d_o, C, false};
     LightningOutput dq = {du, 3 * C, u, 3 * C}, dk = {du + C, 3 * C, u + C, 3 * C}, dv = {du + 2 * C, 3 * C, u + 2 * C, 3 * C};
     g.memory_to = nullptr;

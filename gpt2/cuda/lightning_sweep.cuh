@@ -18,7 +18,7 @@ struct LightningSpan {
     int index, spans;     // it is the index-th of the sequence's spans; an empty sequence has one
     int first, n;         // place of its first token, and how many it has
     // Place p of the span is the row row(reverse) ± p.
-    __device__ int64_t row(bool reverse) const { return reverse ? end - 1 - first : begin + first; }
+    __device__ int row(bool reverse) const { return reverse ? end - 1 - first : begin + first; }
 };
 
 // One pass over N tokens. Handed to kernels by value; arrays are device memory.
@@ -93,15 +93,15 @@ struct Lightning {
 // Head h of row n: p[n·stride + h·hs ...], through SiLU if `silu`.
 struct LightningRows {
     const floatX* p;
-    int64_t stride;
+    int stride;
     bool silu;
 };
 // Where a sweep writes, rows as above; multiplied by SiLU'(u) unless u is null.
 struct LightningOutput {
     floatX* p;
-    int64_t stride;
+    int stride;
     const floatX* u;
-    int64_t u_stride;
+    int u_stride;
 };
 struct LightningSweep {
     LightningRows a, b, d;

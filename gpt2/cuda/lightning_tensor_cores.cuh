@@ -168,10 +168,10 @@ __device__ inline void for_pieces(uint32_t tile, F f) {
 }
 // n rows from `row` on, `step` apart, and zeros behind them. What a thread has copied here it turns into SiLU of it in silu_tile(), without a barrier between.
 template <int HS>
-__device__ inline void load_tile(uint32_t tile, const LightningRows& x, int64_t row, int step, int n, int head, int hs) {
+__device__ inline void load_tile(uint32_t tile, const LightningRows& x, int row, int step, int n, int head, int hs) {
     for_pieces<HS>(tile, [&](int i, int piece, uint32_t address) {
         bool there = i < n && piece * 8 < hs;
-        copy_async16(address, there ? x.p + (row + step * i) * x.stride + head + piece * 8 : x.p, there);
+        copy_async16(address, there ? x.p + (int64_t)(row + step * i) * x.stride + head + piece * 8 : x.p, there);
     });
 }
 template <int HS>
@@ -257,20 +257,18 @@ __global__ void __launch_bounds__(lightning_mma::Shape<HS>::THREADS, (lightning_
     if (!g.find(blockIdx.x / g.heads, q)) return;
     if (KIND == STATES && q.index == q.spans - 1) return;
 
-    double slope = g.slope(h);
-    float slope2 = (float)(slope * 1.4426950408889634), full = (float)exp(-slope * CHUNK);
-    int chunks = (q.n + CHUNK - 1) / CHUNK, step = w.reverse ? -1 : 1;
-    int64_t first = q.row(w.reverse);
+    float slope2 = (float)(g.slope(h) * 1.4426950408889634);
+    int step = w.reverse ? -1 : 1, first = q.row(w.reverse);
     auto load = [&](int chunk) {
         uint32_t to = tiles + chunk % 2 * STAGE;
-        int64_t row = first + (int64_t)step * CHUNK * chunk;
+        int row = first + step * CHUNK * chunk;
         int n = min(CHUNK, q.n - CHUNK * chunk);
         load_tile<HS>(to, w.b, row, step, n, head, hs);
         load_tile<HS>(to + TILE, w.d, row, step, n, head, hs);
         if constexpr (KIND != STATES) load_tile<HS>(to + 2 * TILE, w.a, row, step, n, head, hs);
         if constexpr (KIND == PAIR) load_tile<HS>(to + 3 * TILE, w.pair_a, row, step, n, head, hs);
     };
-    if (chunks > 0) load(0);
+    if (q.n > 0) load(0);
 
     // The state, rows 16·warp.. . In s[0] the columns from `column` on, which are also those of this warp's outputs; with two groups in s[1] the others.
     bool has_state = WARPS * 16 == HS || warp < HS / 16;
@@ -285,6 +283,7 @@ __global__ void __launch_bounds__(lightning_mma::Shape<HS>::THREADS, (lightning_
                 for (int e = 0; e < 4; e++) f(16 * warp + lane_row() + e / 2 * 8, columns[y] + 8 * n + lane_column() + e % 2, s[y][n][e]);
     };
     const float* from = KIND == STATES ? nullptr : g.start(q, h);
+    float* to = KIND == STATES ? g.border(q, q.index, h) : g.finish(q, h);
     bool turned = w.transposed && q.index == 0;
     for_state([&](int i, int j, float& x) {
         x = 0;
@@ -302,7 +301,7 @@ __global__ void __launch_bounds__(lightning_mma::Shape<HS>::THREADS, (lightning_
     };
     if constexpr (KIND != STATES) store_state();
 
-    for (int chunk = 0; chunk < chunks; chunk++) {
+    for (int chunk = 0; CHUNK * chunk < q.n; chunk++) {
         uint32_t B = tiles + chunk % 2 * STAGE, D = B + TILE, A = D + TILE, pair_A = A + TILE;
         int n = min(CHUNK, q.n - CHUNK * chunk);
         wait_for_copies();
@@ -313,7 +312,7 @@ __global__ void __launch_bounds__(lightning_mma::Shape<HS>::THREADS, (lightning_
         if constexpr (KIND == PAIR)
             if (w.pair_a.silu) silu_tile<HS>(pair_A);
         __syncthreads();  // the tiles and the state are there, and nobody is left in the other stage
-        if (chunk + 1 < chunks) load(chunk + 1);
+        if (CHUNK * (chunk + 1) < q.n) load(chunk + 1);
 
         // Which 16 rows of the outputs a warp has changes from chunk to chunk (and from block to block), because the upper ones need less of P, and a warp
         // stays on one of the multiprocessor's four parts.
@@ -325,7 +324,7 @@ __global__ void __launch_bounds__(lightning_mma::Shape<HS>::THREADS, (lightning_
             times_state<HS, false>(o, A, state, r, column, slope2);
         }
         // O += P·D and S = λⁿ·S + (diag(λ^{n−1−i})·B)ᵀD share what they read of D.
-        float decay = n == CHUNK ? full : exp2f(-slope2 * (float)n), behind = (float)(n - 1 - lane_column());
+        float decay = exp2f(-slope2 * (float)n), behind = (float)(n - 1 - lane_column());
         uint32_t b_rows = by_columns<HS>(B), d_rows = by_rows<HS>(D);
 #pragma unroll
         for (int y = 0; y < GROUPS; y++)
@@ -366,7 +365,7 @@ __global__ void __launch_bounds__(lightning_mma::Shape<HS>::THREADS, (lightning_
         if constexpr (KIND == STATES) continue;
 
         // Results wait as bf16 until nobody needs the tiles A and the state any more; what the outputs are to be multiplied with is fetched meanwhile.
-        int64_t row = first + (int64_t)step * (CHUNK * chunk + 16 * r);
+        int row = first + step * (CHUNK * chunk + 16 * r);
         auto result = [&](uint32_t(&to)[WIDTH / 8][2]) {
 #pragma unroll
             for (int k = 0; k < WIDTH / 8; k++)
@@ -383,7 +382,7 @@ __global__ void __launch_bounds__(lightning_mma::Shape<HS>::THREADS, (lightning_
         auto fetch = [&](uint4(&u)[OWN], const LightningOutput& out) {
             for_output([&](int e, int i, int piece, bool there) {
                 u[e] = make_uint4(0, 0, 0, 0);
-                if (out.u && there) u[e] = *(const uint4*)(out.u + (row + step * i) * out.u_stride + head + piece * 8);
+                if (out.u && there) u[e] = *(const uint4*)(out.u + (int64_t)(row + step * i) * out.u_stride + head + piece * 8);
             });
         };
         // Through this warp's part of a tile, from where rows go to global memory 16 bytes at a time.
@@ -397,7 +396,7 @@ __global__ void __launch_bounds__(lightning_mma::Shape<HS>::THREADS, (lightning_
             for_output([&](int e, int i, int piece, bool there) {
                 uint4 x = load_shared(piece_of<HS>(row_of<HS>(tile, 16 * r + i), piece));
                 if (out.u) x = times_silu_gradients(x, u[e]);
-                if (there) *(uint4*)(out.p + (row + step * i) * out.stride + head + piece * 8) = x;
+                if (there) *(uint4*)(out.p + (int64_t)(row + step * i) * out.stride + head + piece * 8) = x;
             });
         };
         uint32_t out[WIDTH / 8][2];
@@ -436,7 +435,6 @@ __global__ void __launch_bounds__(lightning_mma::Shape<HS>::THREADS, (lightning_
         }
     }
 
-    float* to = KIND == STATES ? g.border(q, q.index, h) : g.finish(q, h);
     if (!to || !has_state) return;
     for_state([&](int i, int j, float& x) {
         if (i < hs && j < hs) to[i * hs + j] = x;

@@ -34,7 +34,7 @@ namespace softmax_bwd {
 constexpr int THREADS = 128;
 constexpr float LOG2E = 1.44269504f;
 
-// ---- which block does what --------------------------------------------------------------------------------------------------------------------------------
+// ---- which block does what ------------------------------------------------------------------------------------------------------------------------------
 
 // The grid is one-dimensional, since only x has room for very many sequences: the tiles of one head of one sequence are neighbours, so that what they all
 // read comes from the L2 cache. Every sequence gets as many tiles as the longest; those it does not need return at once.
@@ -97,7 +97,7 @@ struct Dropout {
     }
 };
 
-// ---- the statistics of the rows -----------------------------------------------------------------------------------------------------------------------------
+// ---- the statistics of the rows -------------------------------------------------------------------------------------------------------------------------
 
 // stats (NH, q_rows) = {lse·log₂e, D·(1−p)}. A row that sees no key gets +inf for its lse, which makes all its P zero. Eight lanes make one sum, W numbers
 // each at a time; a block has 32 rows of one head, and the heads of these rows are neighbours.
@@ -127,7 +127,7 @@ __global__ void softmax_backward_delta_kernel(SoftmaxAttention a, SoftmaxGradien
     stats[h * a.q_rows + n] = make_float2(lse == -INFINITY ? INFINITY : lse * LOG2E, sum * one_minus_p);
 }
 
-// ---- the kernels for everything: float32 arithmetic ---------------------------------------------------------------------------------------------------------
+// ---- the kernels for everything: float32 arithmetic -----------------------------------------------------------------------------------------------------
 //
 // 64 queries by 64 keys in 128 threads. Thread (ty,tx) of 8×16 has the owned rows ty, ty+8 ... and, for the scores, the walked-over rows tx, tx+16 ..., or four
 // neighbouring columns of a gradient. Both sorts of product are made of slabs of 32 (channels; walked-over rows) in shared memory: 8×4 numbers a thread from
@@ -235,7 +235,8 @@ __device__ inline void store_slabs(const float (&acc)[8][4], float factor, float
         }
 }
 
-__global__ void __launch_bounds__(THREADS, 2) softmax_backward_dkv_kernel2(SoftmaxAttention a, SoftmaxGradients g, const float2* stats, int tiles, bool dropout) {
+__global__ void __launch_bounds__(THREADS, 2)
+    softmax_backward_dkv_kernel2(SoftmaxAttention a, SoftmaxGradients g, const float2* stats, int tiles, bool dropout) {
     __shared__ Shared2 shared;
     const Piece b(a.kv_heads, tiles);
     const Sequence s(a, b.seq, false);
@@ -282,7 +283,8 @@ __global__ void __launch_bounds__(THREADS, 2) softmax_backward_dkv_kernel2(Softm
     store_slabs(dv, factor, g.dv + s.k0 * g.dv_stride + b.head * g.dv_head, g.dv_stride, j0, s.n_k, c0, a.d_v);
 }
 
-__global__ void __launch_bounds__(THREADS, 2) softmax_backward_dq_kernel2(SoftmaxAttention a, SoftmaxGradients g, const float2* stats, int tiles, bool dropout) {
+__global__ void __launch_bounds__(THREADS, 2)
+    softmax_backward_dq_kernel2(SoftmaxAttention a, SoftmaxGradients g, const float2* stats, int tiles, bool dropout) {
     __shared__ Shared2 shared;
     const Piece b(a.heads, tiles);
     const Sequence s(a, b.seq, false);
@@ -351,8 +353,7 @@ inline void launch2(cudaStream_t stream, const SoftmaxAttention& a, const Softma
     }
 }
 
-
-// ---- the kernels for tensor cores -----------------------------------------------------------------------------------------------------------------------------
+// ---- the kernels for tensor cores -----------------------------------------------------------------------------------------------------------------------
 #ifndef GPU_FLOAT32
 
 // mma.sync.m16n8k16 multiplies A (16×16) by B (16×8), all 32 lanes together. With row = lane/4 and pair = lane%4 a lane holds, two bf16 to a register,
@@ -545,7 +546,7 @@ struct Shape {
     static_assert(MT * NT <= 8, "dropout's bits of a chunk fit a word");
 };
 
-// ---- keys -------------------------------------------------------------------------------------------------------------------------------------------------
+// ---- keys -----------------------------------------------------------------------------------------------------------------------------------------------
 
 // Scores of queries that don't see a key become −inf. Rows are the warp's keys from `key` on, columns queries from i on.
 template <int MT, int NT>
@@ -588,8 +589,7 @@ __device__ __forceinline__ void kept_queries(uint32_t (&keep)[4], const SoftmaxA
 }
 
 template <class Shape, bool DROPOUT>
-__global__ void __launch_bounds__(THREADS, Shape::BLOCKS)
-    softmax_backward_dkv_kernel6(SoftmaxAttention a, SoftmaxGradients g, const float2* stats, int tiles) {
+__global__ void __launch_bounds__(THREADS, Shape::BLOCKS) softmax_backward_dkv_kernel6(SoftmaxAttention a, SoftmaxGradients g, const float2* stats, int tiles) {
     constexpr int DQK = Shape::DQK, DV = Shape::DV, MT = Shape::MT, NT = Shape::NT, CHUNK = Shape::CHUNK, OTHERS = Shape::OTHERS;
     extern __shared__ __align__(128) int4 softmax_backward_shared[];
     const Piece b(a.kv_heads, tiles);
@@ -700,7 +700,7 @@ __global__ void __launch_bounds__(THREADS, Shape::BLOCKS)
     store_rows<DV>(g.dv + (s.k0 + first) * g.dv_stride + b.head * g.dv_head, g.dv_stride, dv, factor, tile_v, begin, end, a.d_v);
 }
 
-// ---- queries ----------------------------------------------------------------------------------------------------------------------------------------------
+// ---- queries --------------------------------------------------------------------------------------------------------------------------------------------
 
 // Scores of keys that a query does not see become −inf. Rows are the warp's queries, of which the first is at `position`, columns keys from j on.
 template <int MT, int NT>
@@ -744,8 +744,7 @@ __device__ __forceinline__ void kept_keys(uint32_t (&keep)[MT][2], const Softmax
 }
 
 template <class Shape, bool DROPOUT>
-__global__ void __launch_bounds__(THREADS, Shape::BLOCKS)
-    softmax_backward_dq_kernel6(SoftmaxAttention a, SoftmaxGradients g, const float2* stats, int tiles) {
+__global__ void __launch_bounds__(THREADS, Shape::BLOCKS) softmax_backward_dq_kernel6(SoftmaxAttention a, SoftmaxGradients g, const float2* stats, int tiles) {
     constexpr int DQK = Shape::DQK, DV = Shape::DV, MT = Shape::MT, NT = Shape::NT, CHUNK = Shape::CHUNK, OTHERS = Shape::OTHERS;
     extern __shared__ __align__(128) int4 softmax_backward_shared[];
     const Piece b(a.heads, tiles);
@@ -831,11 +830,11 @@ __global__ void __launch_bounds__(THREADS, Shape::BLOCKS)
         }
     }
     const float factor = a.scale * (DROPOUT ? a.dropout.scale : 1);
-    store_rows<DQK>(g.dq + (s.q0 + i) * g.dq_stride + b.head * (int64_t)a.d_qk, g.dq_stride, dq, factor, softmax_backward_shared + row * (DQK / 8), 0, s.n_q - i,
-                    a.d_qk);
+    store_rows<DQK>(g.dq + (s.q0 + i) * g.dq_stride + b.head * (int64_t)a.d_qk, g.dq_stride, dq, factor, softmax_backward_shared + row * (DQK / 8), 0,
+                    s.n_q - i, a.d_qk);
 }
 
-// ---- launching ----------------------------------------------------------------------------------------------------------------------------------------------
+// ---- launching ------------------------------------------------------------------------------------------------------------------------------------------
 
 template <class DkvShape, class DqShape, bool DROPOUT>
 inline void launch6(cudaStream_t stream, const SoftmaxAttention& a, const SoftmaxGradients& g, const float2* stats) {

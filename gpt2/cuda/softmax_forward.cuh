@@ -56,6 +56,7 @@ inline int grid_blocks(const SoftmaxAttention& a, int rows) {
     assert(blocks <= INT_MAX);
     return (int)blocks;
 }
+
 // False: nothing to do for this block.
 __device__ inline bool find_tile(const SoftmaxAttention& a, int rows, Block* b) {
     int tiles = equal_tiles(a, rows), x = blockIdx.x, s = 0;
@@ -82,6 +83,7 @@ __device__ inline bool find_tile(const SoftmaxAttention& a, int rows, Block* b) 
     b->start = (tiles - 1 - x % tiles) * rows;
     return b->start < a.q_len(s);
 }
+
 // `rows` queries and `keys` keys a tile.
 __device__ inline bool find_block(const SoftmaxAttention& a, int rows, int keys, bool dropout, Block* b) {
     if (!find_tile(a, rows, b)) return false;
@@ -100,10 +102,10 @@ __device__ inline bool find_block(const SoftmaxAttention& a, int rows, int keys,
     return true;
 }
 
-// The columns [*lo, *hi) of the tile that starts at key j0 (possibly negative) which the query at `position` sees.
-__device__ inline void visible_keys(int position, int window, int n_k, int j0, int* lo, int* hi) {
-    *hi = min(n_k, position + 1) - j0;
-    *lo = (window > 0 ? max(0, position - window + 1) : 0) - j0;
+// The keys [*lo, *hi) that the query at `position` sees, none if *lo >= *hi, where the sequence's keys are [begin, end). Any of them may be counted from.
+__device__ inline void visible_keys(int position, int window, int begin, int end, int* lo, int* hi) {
+    *lo = window > 0 ? max(begin, position - window + 1) : begin;
+    *hi = min(end, position + 1);
 }
 
 // Dropout of one sequence and head, cpu::dropout_row: key j for the query at `position` has word (start+j) % 4 of the call with counter (start+j)/4.
@@ -119,10 +121,10 @@ struct Dropout {
     }
 };
 
-// The maximum m that is subtracted from scores: a row without a key so far (−inf) subtracts 0, since −inf − (−inf) would be NaN.
-__device__ inline float finite(float m) { return m == -INFINITY ? 0 : m; }
-
 constexpr float LOG2E = 1.44269504f;
+
+// What is subtracted from scores: m, or of a row without a key so far (−inf) 0, since −inf − (−inf) would be NaN.
+__device__ inline float finite(float m) { return m == -INFINITY ? 0 : m; }
 
 __device__ inline float log_sum_exp(float m, float l, float scale) { return l == 0 ? -INFINITY : m * scale + logf(l); }
 
@@ -145,8 +147,7 @@ __device__ inline void load_slab(float (&to)[ROWS][WIDTH], const floatX* from, i
     int row = threadIdx.x / COLUMNS, c = threadIdx.x % COLUMNS;
     from += (first + row) * stride + c0 + c;
 #pragma unroll 8
-    for (int r = 0; r < ROWS; r += HEIGHT)
-        to[row + r][c] = (unsigned)(first + row + r) < (unsigned)end && c0 + c < d ? to_float(from[r * stride]) : 0;
+    for (int r = 0; r < ROWS; r += HEIGHT) to[row + r][c] = (unsigned)(first + row + r) < (unsigned)end && c0 + c < d ? to_float(from[r * stride]) : 0;
 }
 
 // A block makes up to DV columns of O, from v0 = blockIdx.y·DV on.
@@ -192,7 +193,7 @@ __global__ void __launch_bounds__(THREADS, 3) softmax_forward_kernel2(SoftmaxAtt
 #pragma unroll
         for (int r = 0; r < 8; r++) {
             int lo, hi;
-            visible_keys(b.first + ty + 8 * r, a.window, b.n_k, j0, &lo, &hi);
+            visible_keys(b.first - j0 + ty + 8 * r, a.window, -j0, b.n_k - j0, &lo, &hi);  // counted from the tile's first
             float now = m[r], sum = 0;
 #pragma unroll
             for (int u = 0; u < 4; u++) {
@@ -388,24 +389,23 @@ __device__ __forceinline__ void multiply_pv(float (&acc)[MT][D / 8][4], const fl
     }
 }
 
-// Scores of keys that a row does not see become −inf. The tile's keys are those from 0 on, seen from which the warp's first row is at `position`, and the
-// sequence's keys are [begin, end).
+// Scores of keys that a row does not see become −inf. Everything is counted from the tile's first key: `position` (of the warp's first row), the sequence's
+// keys [begin, end).
 template <int MT, int NT>
 __device__ __forceinline__ void mask_scores(float (&s)[MT][NT][4], int position, int window, int begin, int end) {
-    int column = threadIdx.x % 4 * 2;
-    position += threadIdx.x % 32 / 4;
+    int row = threadIdx.x % 32 / 4, column = threadIdx.x % 4 * 2;
 #pragma unroll
     for (int mt = 0; mt < MT; mt++)
 #pragma unroll
         for (int half = 0; half < 2; half++) {
-            int at = position + mt * 16 + half * 8;
-            int hi = min(end, at + 1) - column, lo = (window > 0 ? max(begin, at - window + 1) : begin) - column;
+            int lo, hi;
+            visible_keys(position + mt * 16 + half * 8 + row, window, begin, end, &lo, &hi);
 #pragma unroll
             for (int nt = 0; nt < NT; nt++)
 #pragma unroll
                 for (int e = 0; e < 2; e++) {
                     float& x = s[mt][nt][half * 2 + e];
-                    x = nt * 8 + e >= lo && nt * 8 + e < hi ? x : -INFINITY;
+                    x = nt * 8 + e >= lo - column && nt * 8 + e < hi - column ? x : -INFINITY;
                 }
         }
 }
@@ -476,7 +476,8 @@ __device__ __forceinline__ void drop_weights(float (&p)[NT][4], const SoftmaxAtt
 
 // o = O·factor through `tile`, 16·MT rows of shared memory of the warp's own, so that 16 bytes are stored at a time; rows below `rows`, columns below d.
 template <int D, int MT>
-__device__ __forceinline__ void store_rows(floatX* o, int64_t stride, const float (&acc)[MT][D / 8][4], const float (&factor)[MT][2], int4* tile, int rows, int d) {
+__device__ __forceinline__ void store_rows(floatX* o, int64_t stride, const float (&acc)[MT][D / 8][4], const float (&factor)[MT][2], int4* tile, int rows,
+                                           int d) {
     int lane = threadIdx.x % 32;
     __syncwarp();
 #pragma unroll
@@ -538,7 +539,7 @@ __global__ void __launch_bounds__(THREADS, Shape5<DQK, DV, KEYS, MT, DROPOUT>::B
     if (!find_block(a, ROWS, KEYS, DROPOUT, &found)) return;
     if (threadIdx.x == 0) b = found;
     __syncthreads();
-    const int row = threadIdx.x / 32 * (16 * MT);                     // the warp's first row in the tile
+    const int row = threadIdx.x / 32 * (16 * MT);                 // the warp's first row in the tile
     const int first = b.first + row, last = first + 16 * MT - 1;  // positions of the warp's rows
     const uint32_t shared_q = (uint32_t)__cvta_generic_to_shared(softmax_forward_shared), shared_kv = shared_q + Shape::Q_BYTES;
     auto load_keys = [&](int j0, uint32_t to) {
@@ -587,8 +588,7 @@ inline void launch5(cudaStream_t stream, const SoftmaxAttention& a, floatX* o, i
     int blocks = grid_blocks(a, Shape::ROWS);
     if (blocks == 0) return;
     allow_shared_memory(softmax_forward_kernel5<DQK, DV, KEYS, MT, DROPOUT>, Shape::BYTES + sizeof(Block));
-    softmax_forward_kernel5<DQK, DV, KEYS, MT, DROPOUT>
-        <<<blocks, THREADS, Shape::BYTES, stream>>>(a, o, o_stride, lse, a.scale * LOG2E);
+    softmax_forward_kernel5<DQK, DV, KEYS, MT, DROPOUT><<<blocks, THREADS, Shape::BYTES, stream>>>(a, o, o_stride, lse, a.scale * LOG2E);
     LAUNCH_CHECK();
 }
 
