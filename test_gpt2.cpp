@@ -34,19 +34,19 @@ const std::vector<std::string> dtypes = {"float32"};
 struct Check {
     int passed = 0, failed = 0;
     bool bf16 = false;
-    json bf16_distance;  // of a case: how far PyTorch's own bf16 run is from the reference, by tensor
+    json bf16_distance;  // of a case: how far rounding to bf16 takes PyTorch's run from the reference, by tensor (dev/reference)
 
     void row(const std::string& name, const char* figures, bool ok) {
         printf("  %-34s %s  %s\n", name.c_str(), figures, ok ? "ok" : "FAIL");
         ok ? passed++ : failed++;
     }
-    // |out − ref| <= tolerance, in bf16 1 % of ref; a NaN fails every comparison below, because each asks for what must hold.
+    // |out − ref| <= tolerance, in bf16 1 % of ref (3 % for the worst of ten steps, whose differences add up); a NaN fails every comparison below, because each asks for what must hold.
     void loss(const std::string& name, double out, double ref, double tolerance) {
-        if (bf16) tolerance = 1e-2 * std::fabs(ref);
+        if (bf16) tolerance = (tolerance > 5e-5 ? 3e-2 : 1e-2) * std::fabs(ref);
         row(name, format("%-12.7f ref %-12.7f  |Δ| %.1e", out, ref, std::fabs(out - ref)).c_str(), std::fabs(out - ref) <= tolerance);
     }
     // float32: ‖out − ref‖ <= 1e-4·‖ref‖ + 1e-6·`all`, and cosine >= 1 − 1e-6 where ‖ref‖ > `all`/1000. `all`: the norm of all gradients together; 0 for none.
-    // bf16: ‖out − ref‖ <= r·‖ref‖ + 1e-4·`all`, r the larger of 2e-2 and 1.2 times the distance of PyTorch's bf16 (`stored`: the tensor's name in the file).
+    // bf16: ‖out − ref‖ <= r·‖ref‖ + 1e-4·`all`, r the larger of 2e-2 and 1.2 times PyTorch's distance in bf16 (`stored`: the tensor's name in the file).
     void tensor(const std::string& name, const std::string& stored, const std::vector<float>& out, const std::vector<float>& ref, double all) {
         double difference = 0, norm = 0, other = 0, product = 0;
         for (size_t i = 0; i < ref.size(); i++) {

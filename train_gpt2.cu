@@ -80,7 +80,7 @@ struct Gpt2 : Trainer {
     int64_t memory_numbers = 0, scratch_need = 0;
     StatePool<floatX, float, DeviceMemory> pool;
     TrainerOptions options;
-    cudaStream_t stream = main_stream();
+    cudaStream_t stream = nullptr;  // a plan has none: it is made on machines without a GPU too
 
     // What the last forward pass was given: backward goes on from it. Arrays are device memory unless a host's copy stands beside them.
     Batch batch;
@@ -138,6 +138,7 @@ struct Gpt2 : Trainer {
         }
         scratch_need = std::max(scratch_need, encoder_backward_scratch(o.max_tokens, c.channels, c.padded_vocab_size));
         if (o.plan_only) return;
+        stream = main_stream();
         for (size_t i = 0; i < params.specs.size(); i++)
             if (!masters.data[i]) masters.data[i] = params.data[i];
         for (int l = 0; l < c.layers; l++) {
@@ -148,7 +149,7 @@ struct Gpt2 : Trainer {
         scratch.reserve(scratch_need);
         for (DeviceBlock* m : {&memory, &memory_before}) {
             m->reserve(memory_numbers * sizeof(float));
-            CUDA_CHECK(cudaMemset(m->memory, 0, m->size));
+            CUDA_CHECK(cudaMemsetAsync(m->memory, 0, m->size, stream));
         }
         sums = (StepSums*)acts_memory.block(sizeof(StepSums));
         if (o.training) {
@@ -160,7 +161,7 @@ struct Gpt2 : Trainer {
         wait_for_device();
     }
     ~Gpt2() override {
-        cudaStreamSynchronize(stream);
+        if (stream) cudaStreamSynchronize(stream);
         if (graph) cudaGraphExecDestroy(graph);
         for (std::deque<PendingResult>* list : {&pending, &spare})
             for (PendingResult& r : *list) {
@@ -494,8 +495,9 @@ struct Gpt2 : Trainer {
         optimizer_tables.reserve(bytes + num_pieces * sizeof(AdamWPiece));
         optimizer_tensors = (const AdamWTensor*)optimizer_tables.memory;
         optimizer_pieces = (const AdamWPiece*)(optimizer_tables.memory + bytes);
-        CUDA_CHECK(cudaMemcpy(optimizer_tables.memory, tensors.data(), tensors.size() * sizeof(AdamWTensor), cudaMemcpyHostToDevice));
-        CUDA_CHECK(cudaMemcpy(optimizer_tables.memory + bytes, pieces.data(), pieces.size() * sizeof(AdamWPiece), cudaMemcpyHostToDevice));
+        CUDA_CHECK(cudaMemcpyAsync(optimizer_tables.memory, tensors.data(), tensors.size() * sizeof(AdamWTensor), cudaMemcpyHostToDevice, stream));
+        CUDA_CHECK(cudaMemcpyAsync(optimizer_tables.memory + bytes, pieces.data(), pieces.size() * sizeof(AdamWPiece), cudaMemcpyHostToDevice, stream));
+        wait_for_device();
     }
 
     void end_step(const AdamW& h) override {
@@ -648,7 +650,8 @@ struct Gpt2 : Trainer {
 
     // Multiply-adds of the matrix units: per multiprocessor and cycle, dense bf16 with float32 sums, by compute capability.
     double peak_flops() override {
-        if (sizeof(floatX) > 2) return 0;
+        int devices = 0;
+        if (sizeof(floatX) > 2 || cudaGetDeviceCount(&devices) != cudaSuccess || devices == 0) return 0;
         const cudaDeviceProp& p = device_properties();
         int cc = 10 * p.major + p.minor, kilohertz = 0;
         double each = cc == 80 ? 1024 : cc == 90 ? 2048 : cc == 86 || cc == 89 ? 256 : cc == 100 ? 4096 : 0;

@@ -212,8 +212,8 @@ struct Layer {
 
 // Device memory of random numbers, whatever its size: a million of them again and again.
 template <class T>
-static void fill(DeviceArray<T>& array, uint64_t seed, double std) {
-    DeviceArray<T> numbers(random_numbers(std::min<int64_t>(array.size, 1 << 20), seed, std));
+static void fill(DeviceArray<T>& array, uint64_t seed, double std, double mean = 0) {
+    DeviceArray<T> numbers(random_numbers(std::min<int64_t>(array.size, 1 << 20), seed, std, mean));
     for (int64_t i = 0; i < array.size; i += numbers.size)
         CUDA_CHECK(cudaMemcpy(array + i, numbers, std::min(numbers.size, array.size - i) * sizeof(T), cudaMemcpyDeviceToDevice));
 }
@@ -444,10 +444,10 @@ static void time(Ladder& ladder, const char* update, int B, int T, int S) {
     fill(dA, 4, 1);
     fill(dqkv, 5, 1e-3);
     fill(dbeta, 6, 1);
+    fill(device.memories, 7, 1, 10);
     device.begin(ladder.stream, {});
     double row = (double)N * C * sizeof(floatX), product = 2.0 * N * C * hs, memories = (double)B * (T / S) * infini_memory_size(layer.config) * 4;
     ladder.time("write " + shape, {product * (device.pass.delta ? 2 : 1), 2 * row + memories}, [&](int v) { return device.write(v, ladder.stream); });
-    device.write(2, ladder.stream);  // memories, whichever versions were asked for
     ladder.time("retrieve " + shape, {product, 3 * row + memories}, [&](int v) { return device.retrieve(v, ladder.stream, beta, D, A); });
     ladder.time("backward " + shape, {product * (device.pass.delta ? 9 : 5), 12 * row + 2 * memories},
                 [&](int v) { return device.backward(v, ladder.stream, beta, dbeta, D, dA, dqkv); });

@@ -13,10 +13,10 @@ ncu --csv --clock-control none --metrics gpu__time_duration.sum ./train_gpt2cu t
 # Columns of the CSV: the kernel's name is the 5th, the value (nanoseconds) the last. cuBLASLt's kernels have names of their own.
 python3 - "$csv" <<'P'
 import csv, re, sys
-families = [("matrix products (cuBLASLt)", r"nvjet|cutlass|gemm|cublas|splitK|cublasLt"), ("softmax forward", r"softmax_forward"), ("softmax backward", r"softmax_backward|softmax_bwd"),
+families = [("bias gradients", r"Bgrad|bias_backward|gpu::add_kernel"), ("matrix products (cuBLASLt)", r"nvjet|cutlass|gemm|cublas|splitK|cublasLt"), ("softmax forward", r"softmax_forward"), ("softmax backward", r"softmax_backward|softmax_bwd"),
             ("decode", r"decode"), ("lightning gate", r"lightning_gate"), ("lightning", r"lightning"), ("infini", r"infini"), ("mla", r"mla"), ("rope", r"rope"),
-            ("LayerNorm, RMSNorm", r"layernorm|rmsnorm|column_sum"), ("classifier", r"classifier"), ("encoder", r"encoder|Radix|scatter|DeviceScan"), ("AdamW, norm", r"adamw|global_norm"),
-            ("GELU, SiLU", r"gelu|silu"), ("residual, dropout", r"residual|dropout"), ("bias gradients", r"bias")]
+            ("LayerNorm, RMSNorm", r"gpu::norm_"), ("classifier", r"classifier|mean_loss"), ("encoder", r"encoder|Radix|DeviceScan|count_up"), ("AdamW, norm", r"adamw|global_norm"),
+            ("GELU, SiLU", r"gelu|silu"), ("residual, dropout", r"residual|dropout")]
 times, counts, other = {}, {}, {}
 rows = [r for r in csv.reader(l for l in open(sys.argv[1]) if l.startswith('"'))]
 head = rows[0]

@@ -4,9 +4,9 @@
     python3 make_references.py --distances [CASE…]   only the `bf16` figures of files that are there
 
 One line a case: size, loss, gradient norm, how far bfloat16 runs (the largest distance of nine, see
-rounding_distances) and a float32 run of the same text are from float64, and the largest differences from the forms and implementations compared with. A case
-that disagrees with one of those is not written, and the exit status is 1. README.md says what is
-in a file.
+rounding_distances) and a float32 run of the same text are from float64, and the largest differences
+from the forms and implementations compared with. A case that disagrees with one of those is not
+written, and the exit status is 1. README.md says what is in a file.
 """
 
 import json

@@ -33,11 +33,7 @@ template <int HS, int KIND>
 constexpr int shared_bytes = 2 * TILES<KIND>* Shape<HS>::TILE + (KIND == STATES ? 0 : HS * HS * 2);
 // Blocks that should fit on a multiprocessor of an H100: what its shared memory has room for, except where their registers would not.
 template <int HS, int KIND>
-constexpr int BLOCKS = HS <= 64   ? (KIND == STATES   ? 5
-                                     : KIND == SINGLE ? 4
-                                                      : 3)
-                       : HS == 96 ? (KIND == PAIR ? 1 : 2)
-                                  : 1;
+constexpr int BLOCKS = HS <= 64 ? (KIND == STATES ? 5 : 3) : HS == 96 && KIND == STATES ? 2 : 1;
 
 // ---- instructions. A warp's 32 threads: row = lane/4, column = 2·(lane%4). A register holds two neighbours of a row, the left one in its lower half.
 //   a (16x16): a[0] (row, column)   a[1] (row+8, column)   a[2] (row, column+8)   a[3] (row+8, column+8)
@@ -80,7 +76,9 @@ __device__ inline void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, u
 __device__ inline void copy_async16(uint32_t address, const void* from, bool there) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(from), "r"(there ? 16 : 0) : "memory");
 }
-// Until all that this thread has asked for is there.
+// To the L2 cache.
+__device__ inline void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
+// Until all that this thread has copied is there.
 __device__ inline void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
 __device__ inline float exp2_fast(float x) {
@@ -88,9 +86,9 @@ __device__ inline float exp2_fast(float x) {
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 }
-__device__ inline float reciprocal(float x) {
+__device__ inline float tanh_fast(float x) {
     float y;
-    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    asm("tanh.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 }
 __device__ inline uint32_t pack(float left, float right) {
@@ -102,23 +100,23 @@ __device__ inline float2 unpack(uint32_t x) { return make_float2(__uint_as_float
 // λ^d for d >= 0, and 0 for the others; −slope2 = log2(λ). d comes as a float, because converting integers would cost as much as the exponential.
 __device__ inline float power(float slope2, float d) { return d >= 0 ? exp2_fast(-slope2 * fmaxf(d, 0)) : 0; }
 
-// ---- SiLU of two numbers. The special function unit is what these kernels come close to filling: two sigmoids share one reciprocal.
+// ---- SiLU of two numbers, x·σ(x) with σ(x) = (1 + tanh(x/2))/2: one operation of the special function unit instead of two, and half of the instructions. The
+// unit's tanh is good to 2^−11, so SiLU to |x|/4096, where bf16 rounds x to |x|/512.
 
-// 1/(1+e^{−x}): r = 1/(a·b), 1/a = r·b, 1/b = r·a. Below −40, where the sigmoid is 0 to anyone, it stays at e^{−40}: a·b must not overflow.
-__device__ inline float2 sigmoids(float2 x) {
-    constexpr float log2e = 1.44269504f;
-    float a = 1 + exp2_fast(log2e * fminf(-x.x, 40)), b = 1 + exp2_fast(log2e * fminf(-x.y, 40)), r = reciprocal(a * b);
-    return make_float2(r * b, r * a);
-}
 __device__ inline uint32_t silus(uint32_t u) {
-    float2 x = unpack(u), s = sigmoids(x);
-    return pack(x.x * s.x, x.y * s.y);
+    float2 x = unpack(u);
+    x.x *= 0.5f, x.y *= 0.5f;
+    return pack(x.x + x.x * tanh_fast(x.x), x.y + x.y * tanh_fast(x.y));
 }
 __device__ inline uint4 silus(uint4 u) { return make_uint4(silus(u.x), silus(u.y), silus(u.z), silus(u.w)); }
-// o⊙SiLU'(u)
+// o⊙SiLU'(u), SiLU'(x) = σ + x·σ·(1−σ)
+__device__ inline float times_silu_gradient(float o, float x) {
+    float s = 0.5f + 0.5f * tanh_fast(0.5f * x), y = x * s;
+    return o * (s + (y - y * s));
+}
 __device__ inline uint32_t times_silu_gradients(uint32_t o, uint32_t u) {
-    float2 y = unpack(o), x = unpack(u), s = sigmoids(x);
-    return pack(y.x * s.x * (1 + x.x * (1 - s.x)), y.y * s.y * (1 + x.y * (1 - s.y)));
+    float2 y = unpack(o), x = unpack(u);
+    return pack(times_silu_gradient(y.x, x.x), times_silu_gradient(y.y, x.y));
 }
 __device__ inline uint4 times_silu_gradients(uint4 o, uint4 u) {
     return make_uint4(times_silu_gradients(o.x, u.x), times_silu_gradients(o.y, u.y), times_silu_gradients(o.z, u.z), times_silu_gradients(o.w, u.w));
@@ -166,12 +164,12 @@ __device__ inline void for_pieces(uint32_t tile, F f) {
         f(i, piece, piece_of<HS>(row_of<HS>(tile, i), piece));
     }
 }
-// n rows from `row` on, `step` apart, and zeros behind them. What a thread has copied here it turns into SiLU of it in silu_tile(), without a barrier between.
+// n rows from `row` on, `step` apart, with zeros before them. What a thread has copied here it turns into SiLU of it in silu_tile(), without a barrier between.
 template <int HS>
 __device__ inline void load_tile(uint32_t tile, const LightningRows& x, int row, int step, int n, int head, int hs) {
     for_pieces<HS>(tile, [&](int i, int piece, uint32_t address) {
-        bool there = i < n && piece * 8 < hs;
-        copy_async16(address, there ? x.p + (int64_t)(row + step * i) * x.stride + head + piece * 8 : x.p, there);
+        bool there = i >= CHUNK - n && piece * 8 < hs;
+        copy_async16(address, there ? x.p + (int64_t)(row + step * (i - (CHUNK - n))) * x.stride + head + piece * 8 : x.p, there);
     });
 }
 template <int HS>
@@ -181,7 +179,7 @@ __device__ inline void silu_tile(uint32_t tile) {
 
 // P as `a` operands, rows 16r.. of a chunk: P_ij = λ^{i−j}·(a_i·b_j) for i >= j, else 0; p[b] is its columns 16b.. , not defined for b > r.
 template <int HS>
-__device__ inline void scores(uint32_t (&p)[4][4], uint32_t A, uint32_t B, int r, float slope2) {
+__device__ inline void scores(uint32_t (&p)[4][4], uint32_t A, uint32_t B, int r, float slope2, float lambda16) {
     float c[8][4] = {};
     A = by_rows<HS>(A) + r * 16 * HS * 2, B = by_columns<HS>(B);
 #pragma unroll
@@ -197,23 +195,31 @@ __device__ inline void scores(uint32_t (&p)[4][4], uint32_t A, uint32_t B, int r
             mma(c[2 * b + 1], a, y[2], y[3]);
         }
     }
-    float back = (float)(16 * r + lane_row() - lane_column());
+    // λ^{i−j} of this thread's numbers in a block on the diagonal; one block further from it with each multiplication by λ^16.
+    float d0 = (float)(lane_row() - lane_column()), factor[8];
 #pragma unroll
-    for (int b = 0; b < 4; b++) {
+    for (int e = 0; e < 8; e++) factor[e] = power(slope2, d0 + (float)(16 + e / 2 % 2 * 8 - e / 4 * 8 - e % 2));
+#pragma unroll
+    for (int b = 3; b >= 0; b--) {
         if (b > r) continue;
 #pragma unroll
         for (int e = 0; e < 8; e++) {
-            float d = back + (float)(e / 2 % 2 * 8 - e / 4 * 8 - e % 2 - 16 * b), &x = c[2 * b + e / 4][e % 4];  // d = i − j
-            x = d >= 0 ? x * power(slope2, d) : 0;
+            float &x = c[2 * b + e / 4][e % 4], d = d0 + (float)(e / 2 % 2 * 8 - e / 4 * 8 - e % 2);
+            if (b == r) {
+                x = d >= 0 ? x * power(slope2, d) : 0;
+            } else {
+                x *= factor[e];
+                factor[e] *= lambda16;
+            }
         }
 #pragma unroll
         for (int e = 0; e < 4; e++) p[b][e] = pack(c[2 * b + e / 2][e % 2 * 2], c[2 * b + e / 2][e % 2 * 2 + 1]);
     }
 }
 
-// o (16,WIDTH) = diag(λ^{i+1})·A·S, or A·Sᵀ: rows 16r.. of the chunk, columns from `column` on.
+// o (16,WIDTH) = diag(λ^{i+1})·A·S, or A·Sᵀ: rows 16r.. of the chunk, whose first token is row `pad`, columns from `column` on.
 template <int HS, bool TRANSPOSED>
-__device__ inline void times_state(float (&o)[Shape<HS>::WIDTH / 8][4], uint32_t A, uint32_t state, int r, int column, float slope2) {
+__device__ inline void times_state(float (&o)[Shape<HS>::WIDTH / 8][4], uint32_t A, uint32_t state, int r, int column, int pad, float slope2) {
     constexpr int WIDTH = Shape<HS>::WIDTH;
 #pragma unroll
     for (int n = 0; n < WIDTH / 8; n++) o[n][0] = o[n][1] = o[n][2] = o[n][3] = 0;
@@ -234,7 +240,7 @@ __device__ inline void times_state(float (&o)[Shape<HS>::WIDTH / 8][4], uint32_t
             mma(o[2 * n + 1], a, s[2], s[3]);
         }
     }
-    float first = (float)(16 * r + lane_row() + 1), above = power(slope2, first), below = power(slope2, first + 8);
+    float first = (float)(16 * r + lane_row() + 1 - pad), above = power(slope2, first), below = power(slope2, first + 8);
 #pragma unroll
     for (int n = 0; n < WIDTH / 8; n++) {
         o[n][0] *= above, o[n][1] *= above;
@@ -270,6 +276,14 @@ __global__ void __launch_bounds__(lightning_mma::Shape<HS>::THREADS, (lightning_
     };
     if (q.n > 0) load(0);
 
+    float lambda16 = power(slope2, 16), factor[4][4];  // λ^{63−i} for this thread's columns of diag(λ^{63−i})·B
+#pragma unroll
+    for (int e = 0; e < 4; e++) factor[3][e] = power(slope2, (float)(15 - lane_column() - (e / 2 * 8 + e % 2)));
+#pragma unroll
+    for (int b = 2; b >= 0; b--)
+#pragma unroll
+        for (int e = 0; e < 4; e++) factor[b][e] = factor[b + 1][e] * lambda16;
+
     // The state, rows 16·warp.. . In s[0] the columns from `column` on, which are also those of this warp's outputs; with two groups in s[1] the others.
     bool has_state = WARPS * 16 == HS || warp < HS / 16;
     int columns[2] = {column, WIDTH - column};
@@ -283,7 +297,6 @@ __global__ void __launch_bounds__(lightning_mma::Shape<HS>::THREADS, (lightning_
                 for (int e = 0; e < 4; e++) f(16 * warp + lane_row() + e / 2 * 8, columns[y] + 8 * n + lane_column() + e % 2, s[y][n][e]);
     };
     const float* from = KIND == STATES ? nullptr : g.start(q, h);
-    float* to = KIND == STATES ? g.border(q, q.index, h) : g.finish(q, h);
     bool turned = w.transposed && q.index == 0;
     for_state([&](int i, int j, float& x) {
         x = 0;
@@ -303,7 +316,8 @@ __global__ void __launch_bounds__(lightning_mma::Shape<HS>::THREADS, (lightning_
 
     for (int chunk = 0; CHUNK * chunk < q.n; chunk++) {
         uint32_t B = tiles + chunk % 2 * STAGE, D = B + TILE, A = D + TILE, pair_A = A + TILE;
-        int n = min(CHUNK, q.n - CHUNK * chunk);
+        // A sequence's last chunk may have less than 64 tokens. They are the tile's last ones, so that its end is that of the chunk.
+        int n = min(CHUNK, q.n - CHUNK * chunk), pad = CHUNK - n;
         wait_for_copies();
         if (w.b.silu) silu_tile<HS>(B);
         if (w.d.silu) silu_tile<HS>(D);
@@ -316,15 +330,27 @@ __global__ void __launch_bounds__(lightning_mma::Shape<HS>::THREADS, (lightning_
 
         // Which 16 rows of the outputs a warp has changes from chunk to chunk (and from block to block), because the upper ones need less of P, and a warp
         // stays on one of the multiprocessor's four parts.
-        int r = (warp + chunk + (blockIdx.x >> 2)) % 4;
+        int r = (warp + chunk + (blockIdx.x >> 2)) % 4, row = first + step * (CHUNK * chunk + 16 * r - pad);
+        auto for_output = [&](auto f) {  // f(row among this warp's 16, piece) for this thread's pieces of its warp's outputs, where they exist
+#pragma unroll
+            for (int e = 0; e < OWN; e++) {
+                int i = (lane() + 32 * e) / (WIDTH / 8), piece = column / 8 + (lane() + 32 * e) % (WIDTH / 8);
+                if (16 * r + i >= pad && piece * 8 < hs) f(i, piece);
+            }
+        };
+        auto prefetch_output = [&](const LightningOutput& out) {
+            if (out.u) for_output([&](int i, int piece) { prefetch(out.u + (int64_t)(row + step * i) * out.u_stride + head + piece * 8); });
+        };
+        if constexpr (KIND != STATES) prefetch_output(w.o);
+        if constexpr (KIND == PAIR) prefetch_output(w.pair_o);
         uint32_t p[4][4];
         float o[WIDTH / 8][4];
         if constexpr (KIND != STATES) {
-            scores<HS>(p, A, B, r, slope2);
-            times_state<HS, false>(o, A, state, r, column, slope2);
+            scores<HS>(p, A, B, r, slope2, lambda16);
+            times_state<HS, false>(o, A, state, r, column, pad, slope2);
         }
         // O += P·D and S = λⁿ·S + (diag(λ^{n−1−i})·B)ᵀD share what they read of D.
-        float decay = exp2f(-slope2 * (float)n), behind = (float)(n - 1 - lane_column());
+        float decay = exp2f(-slope2 * (float)n);
         uint32_t b_rows = by_columns<HS>(B), d_rows = by_rows<HS>(D);
 #pragma unroll
         for (int y = 0; y < GROUPS; y++)
@@ -339,9 +365,8 @@ __global__ void __launch_bounds__(lightning_mma::Shape<HS>::THREADS, (lightning_
                 ldmatrix_transposed(x, block<HS>(b_rows, b, 0, 16 * warp));
 #pragma unroll
                 for (int e = 0; e < 4; e++) {
-                    float d = behind - (float)(16 * b + e / 2 * 8);  // tokens behind the left one of the two
                     float2 z = unpack(x[e]);
-                    x[e] = pack(z.x * power(slope2, d), z.y * power(slope2, d - 1));
+                    x[e] = pack(z.x * factor[b][e / 2 * 2], z.y * factor[b][e / 2 * 2 + 1]);
                 }
             }
 #pragma unroll
@@ -364,48 +389,34 @@ __global__ void __launch_bounds__(lightning_mma::Shape<HS>::THREADS, (lightning_
         }
         if constexpr (KIND == STATES) continue;
 
-        // Results wait as bf16 until nobody needs the tiles A and the state any more; what the outputs are to be multiplied with is fetched meanwhile.
-        int row = first + step * (CHUNK * chunk + 16 * r);
+        // Results wait as bf16 until nobody needs the tiles A and the state any more.
         auto result = [&](uint32_t(&to)[WIDTH / 8][2]) {
 #pragma unroll
             for (int k = 0; k < WIDTH / 8; k++)
 #pragma unroll
                 for (int e = 0; e < 2; e++) to[k][e] = pack(g.scale * o[k][2 * e], g.scale * o[k][2 * e + 1]);
         };
-        auto for_output = [&](auto f) {  // f(number of the piece, its row among this warp's 16, its place in a row, whether it exists)
-#pragma unroll
-            for (int e = 0; e < OWN; e++) {
-                int i = (lane() + 32 * e) / (WIDTH / 8), piece = column / 8 + (lane() + 32 * e) % (WIDTH / 8);
-                f(e, i, piece, 16 * r + i < n && piece * 8 < hs);
-            }
-        };
-        auto fetch = [&](uint4(&u)[OWN], const LightningOutput& out) {
-            for_output([&](int e, int i, int piece, bool there) {
-                u[e] = make_uint4(0, 0, 0, 0);
-                if (out.u && there) u[e] = *(const uint4*)(out.u + (int64_t)(row + step * i) * out.u_stride + head + piece * 8);
-            });
-        };
         // Through this warp's part of a tile, from where rows go to global memory 16 bytes at a time.
-        auto store = [&](const LightningOutput& out, const uint32_t(&from)[WIDTH / 8][2], const uint4(&u)[OWN], uint32_t tile) {
+        auto store = [&](const LightningOutput& out, const uint32_t(&from)[WIDTH / 8][2], uint32_t tile) {
             uint32_t to = row_of<HS>(tile, 16 * r + lane_row()) + 2 * lane_column();
 #pragma unroll
             for (int k = 0; k < WIDTH / 8; k++)
 #pragma unroll
                 for (int e = 0; e < 2; e++) store_shared(piece_of<HS>(to, column / 8, k) + e * 8 * HS * 2, from[k][e]);
             __syncwarp();
-            for_output([&](int e, int i, int piece, bool there) {
+            for_output([&](int i, int piece) {
+                int64_t n = row + step * i, at = head + piece * 8;
                 uint4 x = load_shared(piece_of<HS>(row_of<HS>(tile, 16 * r + i), piece));
-                if (out.u) x = times_silu_gradients(x, u[e]);
-                if (there) *(uint4*)(out.p + (int64_t)(row + step * i) * out.stride + head + piece * 8) = x;
+                if (out.u) x = times_silu_gradients(x, *(const uint4*)(out.u + n * out.u_stride + at));
+                *(uint4*)(out.p + n * out.stride + at) = x;
             });
         };
         uint32_t out[WIDTH / 8][2];
-        uint4 u[OWN];
         result(out);
         if constexpr (KIND == PAIR) {
             // The second sweep's P comes from pair_A and D, its states are the transposes, and its P is multiplied with B.
-            scores<HS>(p, pair_A, D, r, slope2);
-            times_state<HS, true>(o, pair_A, state, r, column, slope2);
+            scores<HS>(p, pair_A, D, r, slope2, lambda16);
+            times_state<HS, true>(o, pair_A, state, r, column, pad, slope2);
             uint32_t b_columns = by_rows<HS>(B);
 #pragma unroll
             for (int b = 0; b < 4; b++) {
@@ -419,22 +430,21 @@ __global__ void __launch_bounds__(lightning_mma::Shape<HS>::THREADS, (lightning_
                 }
             }
             uint32_t pair_out[WIDTH / 8][2];
-            uint4 pair_u[OWN];
             result(pair_out);
-            fetch(u, w.o);
-            fetch(pair_u, w.pair_o);
             __syncthreads();
             store_state();
-            store(w.o, out, u, A);
-            store(w.pair_o, pair_out, pair_u, pair_A);
+            store(w.o, out, A);
+            store(w.pair_o, pair_out, pair_A);
         } else {
-            fetch(u, w.o);
             __syncthreads();
             store_state();
-            store(w.o, out, u, A);
+            store(w.o, out, A);
         }
     }
 
+    // Once more, so that all this need not be kept in registers meanwhile.
+    g.find(blockIdx.x / g.heads, q);
+    float* to = KIND == STATES ? g.border(q, q.index, blockIdx.x % g.heads) : g.finish(q, blockIdx.x % g.heads);
     if (!to || !has_state) return;
     for_state([&](int i, int j, float& x) {
         if (i < hs && j < hs) to[i * hs + j] = x;

@@ -10,7 +10,7 @@
 
 namespace gpu {
 
-// Everything runs on this one stream, one behind another.
+// Everything runs on this one stream, one behind another. It does not wait for the default stream: nothing may be launched, set or copied there.
 inline cudaStream_t main_stream() {
     static const cudaStream_t stream = [] {
         cudaStream_t s;
@@ -83,7 +83,9 @@ struct DeviceBlock {
     DeviceBlock() = default;
     DeviceBlock(const DeviceBlock&) = delete;
     DeviceBlock& operator=(const DeviceBlock&) = delete;
-    ~DeviceBlock() { cudaFree(memory); }
+    ~DeviceBlock() {
+        if (memory) cudaFree(memory);
+    }
     // True if the block has moved.
     bool reserve(int64_t bytes) {
         if (bytes <= size) return false;
@@ -92,7 +94,7 @@ struct DeviceBlock {
         memory = nullptr;
         CUDA_CHECK(cudaMalloc(&memory, bytes));
         size = bytes;
-        CUDA_CHECK(cudaMemset(memory, 0xff, size));  // NaN: what reads scratch before it is written shows
+        CUDA_CHECK(cudaMemsetAsync(memory, 0xff, size, main_stream()));  // NaN: what reads scratch before it is written shows
         return true;
     }
 };
