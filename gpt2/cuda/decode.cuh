@@ -358,7 +358,10 @@ __device__ inline void copy_row(floatX* to, const floatX* from, int d, bool vali
 
 // PIECES: pieces of 16 columns of o that a warp makes. Registers for as many blocks as shared memory has room for with the usual d_qk.
 template <int PIECES>
-constexpr int BLOCKS3 = PIECES == 1 ? 6 : PIECES == 2 ? 5 : PIECES == 4 ? 4 : 2;
+constexpr int BLOCKS3 = PIECES == 1   ? 6
+                        : PIECES == 2 ? 5
+                        : PIECES == 4 ? 4
+                                      : 2;
 template <int PIECES>
 __global__ void __launch_bounds__(THREADS, BLOCKS3<PIECES>) softmax_decode_kernel3(SoftmaxAttention a, Plan p) {
     extern __shared__ int4 decode_shared[];
