@@ -136,9 +136,9 @@ struct Gpt2 : Trainer {
             scratch_need =
                 std::max(scratch_need, attention(a.name).scratch(a, o.max_tokens, num_seqs, training_kv_tokens(o.max_tokens, o.lanes > 0), o.training));
         }
-        scratch_need = std::max(scratch_need, encoder_backward_scratch(o.max_tokens, c.channels, c.padded_vocab_size));
         if (o.plan_only) return;
         stream = main_stream();
+        scratch_need = std::max(scratch_need, encoder_backward_scratch(o.max_tokens, c.channels, c.padded_vocab_size));
         for (size_t i = 0; i < params.specs.size(); i++)
             if (!masters.data[i]) masters.data[i] = params.data[i];
         for (int l = 0; l < c.layers; l++) {

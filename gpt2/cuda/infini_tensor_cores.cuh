@@ -744,6 +744,7 @@ __global__ void __launch_bounds__(infini_mma::ROW_THREADS, HS <= 64 ? 2 : 1) inf
             }
 #pragma unroll
             for (int i = 0; i < 2; i++) dden[i] = sum_of_row(dden[i]) * inverse[i];
+            __syncwarp();  // all lanes have read k
 #pragma unroll
             for (int j = 0; j < HS / 8; j++)  // dn takes the place of k
 #pragma unroll

@@ -21,8 +21,6 @@ struct Shape {
     static constexpr int GROUPS = HS > 64 ? 2 : 1, WARPS = 4 * GROUPS, THREADS = 32 * WARPS;
     static constexpr int WIDTH = HS / GROUPS;        // columns of the outputs that a warp has
     static constexpr int TILE = CHUNK * HS * 2;      // bytes
-    static constexpr int PIECES = HS / 8;            // of 16 bytes in a row
-    static constexpr int OWN = 16 * WIDTH / 8 / 32;  // pieces of its warp's outputs that a thread has
 };
 // In shared memory: two stages of the tiles B, D, A, pair A, so that the next chunk is on its way while this one is worked on; then the state as bf16.
 template <int KIND>
@@ -72,7 +70,7 @@ __device__ inline void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, u
                  : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
-// 16 bytes to shared memory; zeros unless `there`. `from` must be good in any case.
+// 16 bytes to shared memory; zeros unless `there`: then nothing is read.
 __device__ inline void copy_async16(uint32_t address, const void* from, bool there) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(from), "r"(there ? 16 : 0) : "memory");
 }
@@ -97,8 +95,8 @@ __device__ inline uint32_t pack(float left, float right) {
 }
 __device__ inline float2 unpack(uint32_t x) { return make_float2(__uint_as_float(x << 16), __uint_as_float(x & 0xffff0000)); }
 
-// λ^d for d >= 0, and 0 for the others; −slope2 = log2(λ). d comes as a float, because converting integers would cost as much as the exponential.
-__device__ inline float power(float slope2, float d) { return d >= 0 ? exp2_fast(-slope2 * fmaxf(d, 0)) : 0; }
+// λ^d for d >= 0, −slope2 = log2(λ). d comes as a float, because converting integers would cost as much as the exponential.
+__device__ inline float power(float slope2, float d) { return exp2_fast(-slope2 * d); }
 
 // ---- SiLU of two numbers, x·σ(x) with σ(x) = (1 + tanh(x/2))/2: one operation of the special function unit instead of two, and half of the instructions. The
 // unit's tanh is good to 2^−11, so SiLU to |x|/4096, where bf16 rounds x to |x|/512.
@@ -154,22 +152,24 @@ __device__ inline uint32_t block(uint32_t address, int r, int c, int first = 0) 
     return piece_of<HS>(address, first / 8, 2 * c) + r * 16 * HS * 2;
 }
 
-// Calls f(row, piece, address) for this thread's pieces of a chunk's tile: always the same.
+// Calls f(row, piece, address) for this thread's pieces of a chunk's tile, always the same: `part` neighbours of a row at a time by as many threads.
 template <int HS, class F>
 __device__ inline void for_pieces(uint32_t tile, F f) {
-    constexpr int PIECES = Shape<HS>::PIECES;
+    constexpr int part = HS % 64 == 0 ? 8 : 4, rows = Shape<HS>::THREADS / part;
+    int row = threadIdx.x / part, piece = threadIdx.x % part;
+    uint32_t address = piece_of<HS>(row_of<HS>(tile, row), piece);
 #pragma unroll
-    for (int e = 0; e < CHUNK * PIECES; e += Shape<HS>::THREADS) {
-        int i = (e + threadIdx.x) / PIECES, piece = (e + threadIdx.x) % PIECES;
-        f(i, piece, piece_of<HS>(row_of<HS>(tile, i), piece));
-    }
+    for (int i = 0; i < CHUNK; i += rows)
+#pragma unroll
+        for (int p = 0; p < HS / 8; p += part) f(row + i, piece + p, address + i * HS * 2 + p * 16);
 }
 // n rows from `row` on, `step` apart, with zeros before them. What a thread has copied here it turns into SiLU of it in silu_tile(), without a barrier between.
 template <int HS>
 __device__ inline void load_tile(uint32_t tile, const LightningRows& x, int row, int step, int n, int head, int hs) {
     for_pieces<HS>(tile, [&](int i, int piece, uint32_t address) {
-        bool there = i >= CHUNK - n && piece * 8 < hs;
-        copy_async16(address, there ? x.p + (int64_t)(row + step * (i - (CHUNK - n))) * x.stride + head + piece * 8 : x.p, there);
+        int place = i - (CHUNK - n);
+        const floatX* from = x.p + (int64_t)(row + step * max(place, 0)) * x.stride + head + piece * 8;
+        copy_async16(address, from, place >= 0 && piece * 8 < hs);
     });
 }
 template <int HS>
@@ -206,7 +206,8 @@ __device__ inline void scores(uint32_t (&p)[4][4], uint32_t A, uint32_t B, int r
         for (int e = 0; e < 8; e++) {
             float &x = c[2 * b + e / 4][e % 4], d = d0 + (float)(e / 2 % 2 * 8 - e / 4 * 8 - e % 2);
             if (b == r) {
-                x = d >= 0 ? x * power(slope2, d) : 0;
+                float f = power(slope2, fmaxf(d, 0));
+                x = d >= 0 ? x * f : 0;
             } else {
                 x *= factor[e];
                 factor[e] *= lambda16;
@@ -240,7 +241,7 @@ __device__ inline void times_state(float (&o)[Shape<HS>::WIDTH / 8][4], uint32_t
             mma(o[2 * n + 1], a, s[2], s[3]);
         }
     }
-    float first = (float)(16 * r + lane_row() + 1 - pad), above = power(slope2, first), below = power(slope2, first + 8);
+    float first = (float)(16 * r + lane_row() + 1 - pad), above = power(slope2, fmaxf(first, 0)), below = power(slope2, fmaxf(first + 8, 0));
 #pragma unroll
     for (int n = 0; n < WIDTH / 8; n++) {
         o[n][0] *= above, o[n][1] *= above;
@@ -254,11 +255,12 @@ template <int HS, int KIND>
 __global__ void __launch_bounds__(lightning_mma::Shape<HS>::THREADS, (lightning_mma::BLOCKS<HS, KIND>))
     lightning_sweep_kernel3(const Lightning g, const LightningSweep w) {
     using namespace lightning_mma;
-    constexpr int GROUPS = Shape<HS>::GROUPS, WARPS = Shape<HS>::WARPS, WIDTH = Shape<HS>::WIDTH, TILE = Shape<HS>::TILE, OWN = Shape<HS>::OWN;
+    constexpr int GROUPS = Shape<HS>::GROUPS, WARPS = Shape<HS>::WARPS, WIDTH = Shape<HS>::WIDTH, TILE = Shape<HS>::TILE;
     constexpr int STAGE = TILES<KIND> * TILE;
     extern __shared__ __align__(256) unsigned char lightning_memory[];
     uint32_t tiles = shared_address(lightning_memory), state = tiles + 2 * STAGE;
-    int warp = threadIdx.x / 32, column = GROUPS == 1 ? 0 : warp / 4 * WIDTH, h = blockIdx.x % g.heads, hs = g.hs, head = h * hs;
+    // All threads of a warp know that they agree in it.
+    int warp = __shfl_sync(0xffffffff, threadIdx.x / 32, 0), column = GROUPS == 1 ? 0 : warp / 4 * WIDTH, h = blockIdx.x % g.heads, hs = g.hs, head = h * hs;
     LightningSpan q;
     if (!g.find(blockIdx.x / g.heads, q)) return;
     if (KIND == STATES && q.index == q.spans - 1) return;
@@ -332,17 +334,16 @@ __global__ void __launch_bounds__(lightning_mma::Shape<HS>::THREADS, (lightning_
         // stays on one of the multiprocessor's four parts.
         int r = (warp + chunk + (blockIdx.x >> 2)) % 4, row = first + step * (CHUNK * chunk + 16 * r - pad);
         auto for_output = [&](auto f) {  // f(row among this warp's 16, piece) for this thread's pieces of its warp's outputs, where they exist
+            constexpr int part = WIDTH == 48 ? 2 : WIDTH / 8;
+            int row = lane() / part, piece = column / 8 + lane() % part;
 #pragma unroll
-            for (int e = 0; e < OWN; e++) {
-                int i = (lane() + 32 * e) / (WIDTH / 8), piece = column / 8 + (lane() + 32 * e) % (WIDTH / 8);
-                if (16 * r + i >= pad && piece * 8 < hs) f(i, piece);
-            }
+            for (int i = 0; i < 16; i += 32 / part)
+#pragma unroll
+                for (int p = 0; p < WIDTH / 8; p += part)
+                    if (16 * r + row + i >= pad && (piece + p) * 8 < hs) f(row + i, piece + p);
         };
-        auto prefetch_output = [&](const LightningOutput& out) {
-            if (out.u) for_output([&](int i, int piece) { prefetch(out.u + (int64_t)(row + step * i) * out.u_stride + head + piece * 8); });
-        };
-        if constexpr (KIND != STATES) prefetch_output(w.o);
-        if constexpr (KIND == PAIR) prefetch_output(w.pair_o);
+        if constexpr (KIND == SINGLE)  // a pair's outputs are multiplied with what has just been read for A
+            if (w.o.u) for_output([&](int i, int piece) { prefetch(w.o.u + (int64_t)(row + step * i) * w.o.u_stride + head + piece * 8); });
         uint32_t p[4][4];
         float o[WIDTH / 8][4];
         if constexpr (KIND != STATES) {
