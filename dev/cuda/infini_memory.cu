@@ -10,16 +10,14 @@
 // exponentials come on top.
 //
 //   1  as the equations stand: write, a thread a column of M, which walks through all tokens of its sequence; retrieve and backward of a read, a thread a
-//   number
-//      of the result; backward through the memory, a thread a column. Expected: tens of milliseconds, since 24 blocks do the walking at 32768 tokens a
-//      sequence, and Φ is computed again for every number that it goes into. Its backward pass does not know the delta rule
-//   2  all segments at once, then sums over the few numbers of a memory in their order; under the delta rule affine maps in theirs. Tiles of tokens in shared
-//      memory: Φ once a tile, each number of M read from the caches serves 16 tokens. Expected: some milliseconds, bound by float32 multiply-adds and loads
-//      from shared memory. In use for float32 and for head sizes that are not multiples of 8 (infini_any_size.cuh)
+//      number of the result; backward through the memory, a thread a column. Expected: tens of milliseconds, since 24 blocks do the walking at 32768 tokens
+//      a sequence, and Φ is computed again for every number that it goes into. Its backward pass does not know the delta rule
+//   2  all segments at once, then sums over the few numbers of a memory in their order; under the delta rule affine maps in theirs. Tiles of tokens in
+//      shared memory: Φ once a tile, each number of M read from the caches serves 16 tokens. Expected: some milliseconds, bound by float32 multiply-adds and
+//      loads from shared memory. In use for float32 and for head sizes that are not multiples of 8 (infini_any_size.cuh)
 //   3  tensor cores; rows come through cp.async while the ones before are worked on, every row once. Expected: 1.3 times the limits above in write and
-//   retrieve.
-//      Backward has to write dn and to read it and q again, since dD must have gone through local attention before dq can be added up: 1.5 GB, 500 µs.
-//      In use (infini_tensor_cores.cuh)
+//      retrieve. Backward has to write dn and to read it and q again, since dD must have gone through local attention before dq can be added up: 1.5 GB,
+//      500 µs. In use (infini_tensor_cores.cuh)
 #include "ladder.h"
 
 #include "../../gpt2/cuda/infini.cuh"
@@ -253,7 +251,7 @@ struct Device {
 
     bool write(int version, cudaStream_t stream) const {
         InfiniPass p;
-        if (!with(version, &p)) return false;
+        if (!with(version, &p) || (version == 1 && p.delta && p.max_len > 4096)) return false;
         if (version > 1) {
             infini_write(stream, p, rest);
         } else if (p.num_seqs > 0) {

@@ -132,8 +132,9 @@ struct LightningMethod {
 struct LightningPlan {
     int kernel = 0, chunk = 0, columns = 0;
     int64_t shared = 0;
+    int most_blocks = 4;  // that a multiprocessor's registers have room for
     int column_blocks(int hs) const { return (int)ceil_div(hs, columns); }
-    int resident() const { return (int)std::clamp<int64_t>((int64_t)device_properties().sharedMemPerMultiprocessor / (shared + 1024), 1, 4); }
+    int64_t resident() const { return std::clamp<int64_t>((int64_t)device_properties().sharedMemPerMultiprocessor / (shared + 1024), 1, most_blocks); }
 };
 
 inline LightningPlan lightning_plan(const Lightning& g, const LightningSweep& w, int kernel) {
@@ -147,6 +148,7 @@ inline LightningPlan lightning_plan(const Lightning& g, const LightningSweep& w,
         lightning_with_padded_head_size(hs, [&](auto HS) {
             using namespace lightning_mma;
             plan.shared = pair ? shared_bytes<HS.value, PAIR> : shared_bytes<HS.value, SINGLE>;
+            plan.most_blocks = pair ? BLOCKS<HS.value, PAIR> : BLOCKS<HS.value, SINGLE>;
         });
         plan.kernel = 3;
         plan.chunk = 64;
@@ -157,6 +159,7 @@ inline LightningPlan lightning_plan(const Lightning& g, const LightningSweep& w,
     (void)w;
 #endif
     plan.kernel = 2;
+    plan.most_blocks = 4;
     plan.columns = std::min(hs, 64);
     for (plan.chunk = 64; kernel >= 2 && plan.chunk >= 16; plan.chunk /= 2) {
         plan.shared = LightningTiles2(hs, plan.chunk, plan.columns).bytes(hs);
@@ -170,12 +173,13 @@ inline LightningPlan lightning_plan(const Lightning& g, const LightningSweep& w,
 }
 
 // Tokens a span, 0: the sequential scheme. That one reads everything once, but has only a block for each sequence and head: it is chosen if these fill two
-// thirds of the GPU, or if no sequence is long enough to be cut. Otherwise spans are so long that three times as many blocks as the GPU holds share the work.
+// thirds of the GPU, or if no sequence is long enough to be cut. Otherwise spans are so long that three times as many blocks as the GPU holds, and no more,
+// share the work.
 inline int lightning_span(const Lightning& g, const LightningPlan& plan, LightningScheme scheme) {
     if (plan.kernel == 1 || scheme == SCHEME_SEQUENTIAL || g.max_len <= LIGHTNING_MIN_SPAN) return 0;
-    int64_t work = g.tokens * g.heads * plan.column_blocks(g.hs), resident = (int64_t)device_properties().multiProcessorCount * plan.resident();
+    int64_t work = g.tokens * g.heads * plan.column_blocks(g.hs), resident = device_properties().multiProcessorCount * plan.resident();
     if (scheme == SCHEME_AUTO && 3 * (work / g.max_len) >= 2 * resident) return 0;
-    int64_t span = std::clamp<int64_t>(work / (3 * resident) / 64 * 64, LIGHTNING_MIN_SPAN, LIGHTNING_MAX_SPAN);
+    int64_t span = std::clamp<int64_t>(round_up(ceil_div(work, 3 * resident), 64), LIGHTNING_MIN_SPAN, LIGHTNING_MAX_SPAN);
     return span >= g.max_len ? 0 : (int)span;
 }
 

@@ -19,8 +19,8 @@ enum Kind { STATES, SINGLE, PAIR };  // what spans add to the state; one sweep; 
 template <int HS>
 struct Shape {
     static constexpr int GROUPS = HS > 64 ? 2 : 1, WARPS = 4 * GROUPS, THREADS = 32 * WARPS;
-    static constexpr int WIDTH = HS / GROUPS;        // columns of the outputs that a warp has
-    static constexpr int TILE = CHUNK * HS * 2;      // bytes
+    static constexpr int WIDTH = HS / GROUPS;    // columns of the outputs that a warp has
+    static constexpr int TILE = CHUNK * HS * 2;  // bytes
 };
 // In shared memory: two stages of the tiles B, D, A, pair A, so that the next chunk is on its way while this one is worked on; then the state as bf16.
 template <int KIND>
@@ -31,7 +31,9 @@ template <int HS, int KIND>
 constexpr int shared_bytes = 2 * TILES<KIND>* Shape<HS>::TILE + (KIND == STATES ? 0 : HS * HS * 2);
 // Blocks that should fit on a multiprocessor of an H100: what its shared memory has room for, except where their registers would not.
 template <int HS, int KIND>
-constexpr int BLOCKS = HS <= 64 ? (KIND == STATES ? 5 : 3) : HS == 96 && KIND == STATES ? 2 : 1;
+constexpr int BLOCKS = HS <= 64                     ? (KIND == STATES ? 5 : 3)
+                       : HS == 96 && KIND == STATES ? 2
+                                                    : 1;
 
 // ---- instructions. A warp's 32 threads: row = lane/4, column = 2·(lane%4). A register holds two neighbours of a row, the left one in its lower half.
 //   a (16x16): a[0] (row, column)   a[1] (row+8, column)   a[2] (row, column+8)   a[3] (row+8, column+8)
