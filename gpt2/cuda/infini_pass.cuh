@@ -68,7 +68,7 @@ struct InfiniPass {
     HOST_DEVICE int64_t memory_at(int index, int kv) const { return ((int64_t)index * kv_heads + kv) * memory_size(); }
     HOST_DEVICE int64_t block_size() const { return INFINI_MEMORY + kv_heads * memory_size() + segment * row_size(); }
     int max_q() const { return std::min(segment, max_len); }  // new tokens of a segment
-    int max_k() const { return carried ? std::min(segment, max_keys) : max_q(); }
+    int max_k() const { return carried ? segment : max_q(); }
 
     // z of what the segment reads, M behind it; null: nothing has been written.
     __device__ const float* memory(const InfiniSegment& s, int kv) const {

@@ -220,28 +220,26 @@ constexpr int ROW_WARPS = 4, ROW_THREADS = 32 * ROW_WARPS, BLOCK_ROWS = 16 * ROW
 template <int HS>
 constexpr int SUM_THREADS = HS / 16 * 32;  // kernels over tokens
 
-// Shared memory, bytes. One stage instead of two where two would leave no room for a second block.
-HOST_DEVICE constexpr int stages(int HS) { return HS <= 64 ? 2 : 1; }
+// Shared memory, bytes. Two stages are in flight where there is room for them.
+template <int HS>
+constexpr int retrieve_shared = tile_bytes<HS>(HS) + HS * 4 + ROW_WARPS * 2 * 2 * tile_bytes<HS>(16);
+template <int HS>
+constexpr int gate_backward_shared = tile_bytes<HS>(HS) + HS * 4 + ROW_WARPS * 2 * 3 * tile_bytes<HS>(16);
+template <int HS>
+constexpr int QUERY_STAGES = HS <= 64 ? 2 : 1;
+template <int HS>
+constexpr int query_backward_shared = tile_bytes<HS>(HS) + HS * 4 + QUERY_STAGES<HS>*(3 * tile_bytes<HS>(HS) + HS * 4);
 constexpr int WRITE_TOKENS = 64;
-template <int HS>
-constexpr int memory_bytes = tile_bytes<HS>(HS) + HS * 4;  // M, z
-template <int HS>
-constexpr int retrieve_shared = memory_bytes<HS> + 2 * 2 * tile_bytes<HS>(BLOCK_ROWS);
-template <int HS>
-constexpr int gate_backward_shared = memory_bytes<HS> + 2 * 3 * tile_bytes<HS>(BLOCK_ROWS);
-template <int HS>
-constexpr int query_backward_shared = memory_bytes<HS> + stages(HS) * (3 * tile_bytes<HS>(HS) + HS * 4);
 template <int HS>
 constexpr int write_shared = 2 * 2 * tile_bytes<HS>(WRITE_TOKENS);
 template <int HS>
 constexpr int map_shared = 2 * tile_bytes<HS>(HS) + 2 * HS * 4;
 template <int HS>
 constexpr int normalizer_backward_shared = 4 * tile_bytes<HS>(HS) + HS * 4 + HS / 16 * HS * 4;
+template <int HS>
+constexpr int WRITE_BACKWARD_STAGES = HS <= 64 ? 2 : 1;
 template <int HS, bool DELTA>
-constexpr int write_backward_shared = (DELTA ? 2 : 1) * memory_bytes<HS> + stages(HS) * 4 * tile_bytes<HS>(BLOCK_ROWS);
-
-// Blocks a multiprocessor that registers are to leave room for.
-HOST_DEVICE constexpr int query_blocks(int HS) { return HS <= 64 ? 3 : HS <= 96 ? 2 : 1; }
+constexpr int write_backward_shared = (DELTA ? 2 : 1) * (tile_bytes<HS>(HS) + HS * 4) + ROW_WARPS* WRITE_BACKWARD_STAGES<HS> * 4 * tile_bytes<HS>(16);
 
 }  // namespace infini_mma
 
@@ -384,10 +382,12 @@ __global__ void __launch_bounds__(infini_mma::ROW_THREADS, HS <= 64 ? 3 : 1)
 // dq += (dn·Mᵀ + dden·zᵀ)⊙Φ'(q), in dqkv (N, qkv_stride), and dmemories[read] = Φ(q)ᵀ[dden | dn] over the rows of a segment and the query heads of a kv head.
 // One block a segment and kv head; tiles of HS rows, 16 of which belong to each warp until the sum over the tile's rows.
 template <int HS>
-__global__ void __launch_bounds__(infini_mma::SUM_THREADS<HS>, infini_mma::query_blocks(HS))
+__global__ void __launch_bounds__(infini_mma::SUM_THREADS<HS>, HS <= 64   ? 3
+                                                               : HS <= 96 ? 2
+                                                                          : 1)
     infini_query_backward_kernel3(InfiniPass p, const floatX* dn, const float* dden, floatX* dqkv, float* dmemories) {
     using namespace infini_mma;
-    constexpr int STAGES = stages(HS), TILE = HS * STRIDE<HS>;
+    constexpr int STAGES = QUERY_STAGES<HS>, TILE = HS * STRIDE<HS>;
     extern __shared__ int4 infini_shared[];
     bf16 *M = (bf16*)infini_shared, *tiles = M + TILE;                // q, dn, dq for each stage
     float *z = (float*)(tiles + STAGES * 3 * TILE), *ddens = z + HS;  // (STAGES, HS)
@@ -671,7 +671,7 @@ __global__ void __launch_bounds__(infini_mma::SUM_THREADS<HS>, HS <= 64 ? 3 : 1)
 template <int HS, bool DELTA>
 __global__ void __launch_bounds__(infini_mma::ROW_THREADS, HS <= 64 ? 2 : 1) infini_write_backward_kernel3(InfiniPass p, const float* dmemories, floatX* dqkv) {
     using namespace infini_mma;
-    constexpr int STAGES = stages(HS), TILE = 16 * STRIDE<HS>;
+    constexpr int STAGES = WRITE_BACKWARD_STAGES<HS>, TILE = 16 * STRIDE<HS>;
     extern __shared__ int4 infini_shared[];
     bf16 *dM = (bf16*)infini_shared, *M = dM + HS * STRIDE<HS>;  // M, z: delta alone
     float *dz = (float*)(M + (DELTA ? HS * STRIDE<HS> : 0)), *z = dz + HS;
