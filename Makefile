@@ -33,7 +33,8 @@ NVCC      ?= $(or $(shell command -v nvcc),$(wildcard /usr/local/cuda/bin/nvcc),
 FOUND_ARCH = $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | tr -d . | sed 's/^90$$/90a/' | sort -u)
 CUDA_ARCH ?= $(or $(FOUND_ARCH),80 90a)
 GENCODE    = $(foreach a,$(CUDA_ARCH),-gencode=arch=compute_$(a),code=sm_$(a))
-NVCCFLAGS  = -std=c++17 -O3 -DNO_CBLAS -I. -MMD -MP --threads 2 -Xcudafe --display_error_number -Xcompiler -fopenmp,-Wall,-Wextra,-Werror $(GENCODE)
+NVCC_OPT  ?= -O3
+NVCCFLAGS  = -std=c++17 $(NVCC_OPT) -DNO_CBLAS -I. -MMD -MP --threads 2 -Xcudafe --display_error_number -Xcompiler -fopenmp,-Wall,-Wextra,-Werror $(GENCODE)
 CUDA_LIBS  = -lcublasLt -lgomp -ldl
 CU        := $(B)/cuda
 LADDERS   := $(patsubst dev/cuda/%.cu,$(CU)/%,$(wildcard dev/cuda/*.cu))
