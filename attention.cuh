@@ -1,6 +1,7 @@
 // The attention seam and the four attention layers on the GPU: the twins of attention.h, function for function. What is launched here stands in gpt2/cuda;
 // equations, shapes, what is saved and why stand in attention.h and are not repeated.
 //
+// Sections have the numbers that they have there; 2, the softmax core, stands in gpt2/cuda/softmax_forward.cuh, softmax_backward.cuh and decode.cuh.
 // N tokens stand packed, one sequence behind another. Storage is floatX, memories and statistics float32 (gpt2/cuda/common.cuh).
 #pragma once
 
@@ -58,7 +59,8 @@ struct AttentionContext {
 struct Attention {
     const char* name;
     std::vector<TensorSpec> (*saved)(const AttentionConfig&, int64_t N, int lanes);
-    // Bytes of scratch memory that forward and backward (training), or forward and extend (otherwise) take.
+    // Bytes of scratch memory that forward and backward (training), or forward and extend (otherwise) take. kv_tokens: a bound on the keys that the new tokens
+    // meet: extend's cu_kv[num_seqs]; in training N, or with carried memories more than they can hold.
     int64_t (*scratch)(const AttentionConfig&, int64_t N, int64_t num_seqs, int64_t kv_tokens, bool training);
     void (*forward)(const AttentionContext&, const Tensors& parameters, const Tensors& saved, const floatX* x, const floatX* residual, floatX* out);
     void (*backward)(const AttentionContext&, const Tensors& parameters, const Tensors& gradients, const Tensors& saved, const floatX* x, const floatX* dout,
@@ -98,7 +100,7 @@ inline void output_backward(const AttentionContext& ctx, const floatX* o, int64_
 }  // namespace gpu
 
 // --------------------------------------------------------------------------------------------------------------------------------------------------
-// 2. Causal attention
+// 3. Causal attention
 //
 // Saves qkv (after the rotation), o and lse, (NH,N) here. Extending by few tokens a sequence attends to the pages where they are (decode.cuh); by more, the
 // sequences' rows are gathered first, and the core for packed rows does the rest.
@@ -220,10 +222,8 @@ inline Attention causal_attention() { return {"causal", causal_saved, causal_scr
 // --------------------------------------------------------------------------------------------------------------------------------------------------
 // 4. Infini-attention
 //
-// Saves what the CPU saves, lse as (NH,N). Only the device knows how many
-// tokens a sequence has pending from the pass before (infini_pass.cuh), so a
-// pass that starts from states packs the keys of all segments in scratch
-// memory, pending ones first; any other reads them where they are, in qkv.
+// Saves what the CPU saves, lse as (NH,N). Only the device knows how many tokens a sequence has pending from the pass before (infini_pass.cuh), so a pass
+// that starts from states packs the keys of all segments in scratch memory, pending ones first; any other reads them where they are, in qkv.
 
 namespace gpu {
 
@@ -240,8 +240,7 @@ inline int64_t infini_core_scratch(const AttentionConfig& a, const InfiniPass& p
     return p.carried ? scratch_bytes({q, p.max_keys * p.kv_channels() * size}) : scratch_bytes({q + p.num_tokens * p.kv_channels() * size});
 }
 
-// kv_tokens: at least N + lanes·(segment−1) if forward and backward are to
-// start from that many carried memories; N if they never do.
+// kv_tokens: at least N + lanes·(segment−1) if forward and backward are to start from that many carried memories; N if they never do.
 inline int64_t infini_scratch(const AttentionConfig& a, int64_t N, int64_t num_seqs, int64_t kv_tokens, bool training) {
     bool carried = !training || kv_tokens > N || a["segment"] == 1;  // segments of one token never leave any pending
     InfiniPass p = infini_shape(a, N, num_seqs, N, carried ? num_seqs : 0, kv_tokens);
@@ -255,11 +254,9 @@ inline int64_t infini_scratch(const AttentionConfig& a, int64_t N, int64_t num_s
     return std::max(forward, backward + std::max({local, infini_gate_backward_scratch(p), write, branch}));
 }
 
-// ---- local attention: segments are sequences of the softmax core
-// ------------------------------------------------------------------------------------------
+// ---- local attention: segments are sequences of the softmax core ----------------------------------------------------------------------------------
 
-// The core's arguments. q and k after the rotation, if there is one, are taken
-// from `scratch`.
+// The core's arguments. q and k after the rotation, if there is one, are taken from `scratch`.
 inline SoftmaxAttention infini_core(const AttentionContext& ctx, const InfiniPass& p, Scratch& scratch) {
     int64_t N = ctx.tokens(), C = p.channels(), KVhs = p.kv_channels();
     SoftmaxAttention core = causal_core(ctx, p.qkv);
@@ -299,8 +296,7 @@ inline void infini_local_forward(const AttentionContext& ctx, const InfiniPass& 
     softmax_forward(ctx.stream, infini_core(ctx, p, scratch), D, p.channels(), lse);
 }
 
-// From dD (N,C): dq, dk, dv in dqkv (N, qkv_size), overwritten. Pending tokens
-// are constants: their dk, dv go nowhere.
+// From dD (N,C): dq, dk, dv in dqkv (N, qkv_size), overwritten. Pending tokens are constants: their dk, dv go nowhere.
 inline void infini_local_backward(const AttentionContext& ctx, const InfiniPass& p, const floatX* D, const float* lse, const floatX* dD, floatX* dqkv) {
     if (ctx.tokens() == 0) return;
     Scratch scratch = ctx.scratch;
@@ -323,12 +319,10 @@ inline void infini_local_backward(const AttentionContext& ctx, const InfiniPass&
         rope(ctx.stream, dqkv, p.qkv_stride(), dqkv, p.qkv_stride(), ctx.tokens(), p.heads + p.kv_heads, p.hs, p.hs, p.position, -1);
 }
 
-// ---- the layer
-// ----------------------------------------------------------------------------------------------------------------------------------------------
+// ---- the layer ------------------------------------------------------------------------------------------------------------------------------------
 
-// A pass of forward() or backward(). The states of lanes are copied to
-// saved["carry"] when forward() begins, since it may overwrite them, and found
-// there by backward().
+// A pass of forward() or backward(). The states of lanes are copied to saved["carry"] when forward() begins, since it may overwrite them, and found there by
+// backward().
 inline InfiniPass infini_pass(const AttentionContext& ctx, const Tensors& saved, bool forward, Scratch& scratch) {
     int64_t S = (*ctx.config)["segment"], lanes = 0;
     for (int s = 0; s < ctx.num_seqs && ctx.memory_from; s++) lanes += ctx.memory_from_host[s] != nullptr;
@@ -354,8 +348,7 @@ inline void infini_forward(const AttentionContext& ctx, const Tensors& parameter
     output_forward(rest, A, C, parameters["wo"], parameters["bo"], residual, out);
 }
 
-// Gradients stop at the border between two passes: the memory and the pending
-// tokens that a sequence came with are constants.
+// Gradients stop at the border between two passes: the memory and the pending tokens that a sequence came with are constants.
 inline void infini_backward(const AttentionContext& ctx, const Tensors& parameters, const Tensors& gradients, const Tensors& saved, const floatX* x,
                             const floatX* dout, floatX* dx) {
     const AttentionConfig& a = *ctx.config;
@@ -399,7 +392,7 @@ inline Attention infini_attention() { return {"infini", infini_saved, infini_scr
 }  // namespace gpu
 
 // --------------------------------------------------------------------------------------------------------------------------------------------------
-// 4. Lightning attention
+// 5. Lightning attention
 //
 // Saves u = x·Wqkvᵀ, x·Wgᵀ, o and 1/rms, N·(5C + 1) numbers, and S for each carried memory. The states between chunks, which the CPU saves, are computed
 // again (lightning.cuh).
@@ -489,7 +482,7 @@ inline Attention lightning_attention() { return {"lightning", lightning_saved, l
 }  // namespace gpu
 
 // --------------------------------------------------------------------------------------------------------------------------------------------------
-// 5. Multi-head latent attention, MLA
+// 6. Multi-head latent attention, MLA
 //
 // Saves what the CPU's saves, lse as (NH,N). What stands between the products is fused into three kernels (mla.cuh).
 
