@@ -24,6 +24,7 @@ struct StepRecord {
     double val_loss = NAN, recall = NAN;  // NaN: not measured at this step
     double lr = 0, grad_norm = 0;         // the norm before clipping
     double ms = 0, tokens_per_s = 0;      // of the step alone: without validation, samples and checkpoints
+    double utilisation = NAN;             // share of the device's peak that the model's FLOPs make up; NaN: the peak is not known
     int64_t tokens = 0;                   // trained on so far
 };
 
@@ -117,8 +118,9 @@ class Progress {
         bool plain = r.step == first_step + 1 || r.step % every == 0 || r.step == steps;
         if (!terminal && !plain) return;
         double eta = seconds / (double)(r.step - first_step) * (double)(steps - r.step);
-        std::string s = format("step %lld/%lld | loss %.4f | lr %.2e | norm %.3f | %.0f tokens/s | ETA %s", (long long)r.step, (long long)steps, r.loss, r.lr,
-                               r.grad_norm, r.tokens_per_s, duration_text(eta).c_str());
+        std::string share = std::isnan(r.utilisation) ? "" : format(" (%.1f%% utilisation)", 100 * r.utilisation);
+        std::string s = format("step %lld/%lld | loss %.4f | lr %.2e | norm %.3f | %.0f tokens/s%s | ETA %s", (long long)r.step, (long long)steps, r.loss, r.lr,
+                               r.grad_norm, r.tokens_per_s, share.c_str(), duration_text(eta).c_str());
         printf(terminal ? "\r\033[K%s" : "%s\n", s.c_str());
         fflush(stdout);
         line_open = terminal;

@@ -271,6 +271,8 @@ inline void finish_step(TrainingRun& run, StepRecord& record) {
     auto now = std::chrono::steady_clock::now();
     record.ms = std::chrono::duration<double, std::milli>(now - run.clock).count();
     record.tokens_per_s = (double)run.o.total_batch / record.ms * 1000;
+    if (run.trainer->peak_flops() > 0)
+        record.utilisation = 3 * model_flops(run.trainer->config, (double)run.o.seq) * record.tokens_per_s / run.trainer->peak_flops();
     run.clock = now;
     run.progress.step(record);
 }
