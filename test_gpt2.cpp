@@ -6,8 +6,8 @@
 //
 // A case compares the loss, the logits, every gradient tensor, the losses of ten AdamW steps, and (where the case has no dropout and no carried memory)
 // the logits of decoding token by token. One row a tensor; a last line `N passed, N failed`; the exit status is 1 if anything failed.
-// test_gpt2 is built against the CPU trainer, in float32 or, with -DREAL=double, float64; test_gpt2cu (-DTEST_GPU) is linked with the GPU's, and runs every case
-// in float32 and in bf16. The tolerances: see `Check`.
+// test_gpt2 is built against the CPU trainer, in float32 or, with -DREAL=double, float64; test_gpt2cu (-DTEST_GPU) is linked with the GPU's, and runs every
+// case in float32 and in bf16. The tolerances: see `Check`.
 #ifdef TEST_GPU
 #include "attention.h"
 #include "gpt2/trainer.h"
@@ -40,7 +40,8 @@ struct Check {
         printf("  %-34s %s  %s\n", name.c_str(), figures, ok ? "ok" : "FAIL");
         ok ? passed++ : failed++;
     }
-    // |out − ref| <= tolerance, in bf16 1 % of ref (3 % for the worst of ten steps, whose differences add up); a NaN fails every comparison below, because each asks for what must hold.
+    // |out − ref| <= tolerance, in bf16 1 % of ref (3 % for the worst of ten steps, whose differences add up); a NaN fails every comparison below, because each
+    // asks for what must hold.
     void loss(const std::string& name, double out, double ref, double tolerance) {
         if (bf16) tolerance = (tolerance > 5e-5 ? 3e-2 : 1e-2) * std::fabs(ref);
         row(name, format("%-12.7f ref %-12.7f  |Δ| %.1e", out, ref, std::fabs(out - ref)).c_str(), std::fabs(out - ref) <= tolerance);
@@ -164,7 +165,8 @@ static void test_training(const Case& c, Trainer& model, Check& check) {
                 model.get(Section::GRADIENTS, (int)i, grads.back().data());
                 refs.push_back(c.tensor("grad." + list.specs[i].name));
             }
-            for (size_t i = 0; i < list.specs.size(); i++) check.tensor("d " + list.specs[i].name, "grad." + list.specs[i].name, grads[i], refs[i], norm_of(refs));
+            for (size_t i = 0; i < list.specs.size(); i++)
+                check.tensor("d " + list.specs[i].name, "grad." + list.specs[i].name, grads[i], refs[i], norm_of(refs));
         }
         const json& r = c.run;
         model.update({r["lr"], r["beta1"], r["beta2"], r["eps"], r["weight_decay"], r["grad_clip"], step + 1});

@@ -215,8 +215,8 @@ inline void print_plan(const Options& o, Trainer& plan) {
     printf("memory: parameters %.1f MB, gradients and moments %.1f MB, activations %.1f MB\n", plan.parameter_bytes() / 1e6, plan.gradient_bytes() / 1e6,
            plan.activation_bytes() / 1e6);
     if (peak > 0)
-        printf("work: %.4g FLOPs a token (3 x forward, matrix products and the keys that are seen); utilisation is that times tokens/s over %.0f TFLOP/s\n", training,
-               peak / 1e12);
+        printf("work: %.4g FLOPs a token (3 x forward, matrix products and the keys that are seen); utilisation is that times tokens/s over %.0f TFLOP/s\n",
+               training, peak / 1e12);
     fflush(stdout);
 }
 

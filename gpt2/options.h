@@ -139,7 +139,16 @@ inline const std::vector<OptionSpec>& option_specs() {
         {"beta2", TRAIN, RUN, &O::beta2, 0, 0.999999, "AdamW's second moment"},
         {"eps", TRAIN, RUN, &O::eps, 1e-30, 1, "AdamW's epsilon"},
         {"dropout", TRAIN, RUN, &O::dropout, 0, 0.99, "of attention weights, embeddings and residual branches"},
-        {"dtype", TRAIN | EVAL | GENERATE | INFO, RUN, &O::dtype, 0, 0, "storage; sums and master weights are always float32", nullptr, {"bf16", "float32"}, true},
+        {"dtype",
+         TRAIN | EVAL | GENERATE | INFO,
+         RUN,
+         &O::dtype,
+         0,
+         0,
+         "storage; sums and master weights are always float32",
+         nullptr,
+         {"bf16", "float32"},
+         true},
         {"recompute",
          TRAIN | INFO,
          FREE,
@@ -356,8 +365,9 @@ inline void refuse_extras(const CLI::App& app, const std::string& command) {
     std::vector<std::string> extras = app.remaining();
     if (extras.empty()) return;
     bool option = extras[0][0] == '-';
-    std::string known = command.empty() && !option ? "choose train, eval, generate or info"
-                                                   : std::string(executable_name()) + " " + command + (command.empty() ? "" : " ") + "--help lists what there is";
+    std::string known = command.empty() && !option
+                            ? "choose train, eval, generate or info"
+                            : std::string(executable_name()) + " " + command + (command.empty() ? "" : " ") + "--help lists what there is";
     usage_error("unknown %s '%s': %s", option ? "option" : command.empty() ? "command" : "argument", extras[0].c_str(), known.c_str());
 }
 

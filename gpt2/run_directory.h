@@ -1,5 +1,5 @@
-// The directory of a run (--out): config.json, log.jsonl, on a GPU matmul_plans.txt, and a directory a checkpoint. Nothing in it is overwritten unasked, and nothing but these is
-// ever removed from it.
+// The directory of a run (--out): config.json, log.jsonl, on a GPU matmul_plans.txt, and a directory a checkpoint. Nothing in it is overwritten unasked, and
+// nothing but these is ever removed from it.
 #pragma once
 
 #include <fcntl.h>

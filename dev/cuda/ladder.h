@@ -111,7 +111,7 @@ constexpr double TOLERANCE = 1e-2;  // bf16 has 8 bits: 2e-3 from rounding a res
 template <class T>
 inline Output output(const std::string& name, DeviceArray<T>& device, const std::vector<float>& reference, double tolerance = TOLERANCE,
                      double absolute = 1e-6) {
-    return {name, reference, [&device] { return device.to_host(); }, [&device] { CUDA_CHECK(cudaMemset(device.data, 0xff, device.size * sizeof(T))); },
+    return {name,      reference, [&device] { return device.to_host(); }, [&device] { CUDA_CHECK(cudaMemset(device.data, 0xff, device.size * sizeof(T))); },
             tolerance, absolute};
 }
 // For a kernel that adds to what is there: `initial` beforehand.
@@ -140,7 +140,8 @@ class Ladder {
                 fprintf(stderr, "error: unknown argument '%s': give a version from 1 to %zu, or --check\n", argv[i], this->versions.size()), exit(EXIT_USAGE);
         }
         int devices = 0;
-        if (cudaGetDeviceCount(&devices) != cudaSuccess || devices == 0) fprintf(stderr, "error: no CUDA device: run this on a machine with one\n"), exit(EXIT_DATA);
+        if (cudaGetDeviceCount(&devices) != cudaSuccess || devices == 0)
+            fprintf(stderr, "error: no CUDA device: run this on a machine with one\n"), exit(EXIT_DATA);
         CUDA_CHECK(cudaStreamCreate(&stream));
         printf("### %s\n\n", family);
         for (size_t v = 0; v < this->versions.size(); v++) printf("%zu. %s\n", v + 1, this->versions[v]);
@@ -171,7 +172,9 @@ class Ladder {
                 difference = std::sqrt(difference);
                 norm = std::sqrt(norm);
                 bool ok = out.size() == o.reference.size() && difference <= o.tolerance * norm + o.absolute * std::sqrt((double)out.size());
-                if (!ok || !quiet) printf("check %s %d %s: %s ‖Δ‖/‖ref‖ %.2e (%.0e) %s\n", family, v, shape.c_str(), o.name.c_str(), norm > 0 ? difference / norm : difference, o.tolerance, ok ? "ok" : "FAIL");
+                if (!ok || !quiet)
+                    printf("check %s %d %s: %s ‖Δ‖/‖ref‖ %.2e (%.0e) %s\n", family, v, shape.c_str(), o.name.c_str(), norm > 0 ? difference / norm : difference,
+                           o.tolerance, ok ? "ok" : "FAIL");
                 ok ? passed++ : failed++;
                 first.push_back(std::move(out));
             }
@@ -273,16 +276,16 @@ class Ladder {
         void* w;
         CUDA_CHECK(cudaMalloc(&w, workspace));
         cublasOperation_t transpose = CUBLAS_OP_T;
-        bool ok = cublasLtCreate(&lt) == CUBLAS_STATUS_SUCCESS && cublasLtMatmulDescCreate(&desc, CUBLAS_COMPUTE_32F, CUDA_R_32F) == CUBLAS_STATUS_SUCCESS &&
-                  cublasLtMatmulDescSetAttribute(desc, CUBLASLT_MATMUL_DESC_TRANSA, &transpose, sizeof transpose) == CUBLAS_STATUS_SUCCESS &&
-                  cublasLtMatrixLayoutCreate(&layout, CUDA_R_16BF, n, n, n) == CUBLAS_STATUS_SUCCESS &&
-                  cublasLtMatmulPreferenceCreate(&preference) == CUBLAS_STATUS_SUCCESS &&
-                  cublasLtMatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &workspace, sizeof workspace) == CUBLAS_STATUS_SUCCESS &&
-                  cublasLtMatmulAlgoGetHeuristic(lt, desc, layout, layout, layout, layout, preference, 1, &result, &found) == CUBLAS_STATUS_SUCCESS && found > 0;
+        bool ok =
+            cublasLtCreate(&lt) == CUBLAS_STATUS_SUCCESS && cublasLtMatmulDescCreate(&desc, CUBLAS_COMPUTE_32F, CUDA_R_32F) == CUBLAS_STATUS_SUCCESS &&
+            cublasLtMatmulDescSetAttribute(desc, CUBLASLT_MATMUL_DESC_TRANSA, &transpose, sizeof transpose) == CUBLAS_STATUS_SUCCESS &&
+            cublasLtMatrixLayoutCreate(&layout, CUDA_R_16BF, n, n, n) == CUBLAS_STATUS_SUCCESS &&
+            cublasLtMatmulPreferenceCreate(&preference) == CUBLAS_STATUS_SUCCESS &&
+            cublasLtMatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &workspace, sizeof workspace) == CUBLAS_STATUS_SUCCESS &&
+            cublasLtMatmulAlgoGetHeuristic(lt, desc, layout, layout, layout, layout, preference, 1, &result, &found) == CUBLAS_STATUS_SUCCESS && found > 0;
         if (!ok) data_error("cuBLASLt cannot be used to measure the matrix rate");
-        us = measure([&] {
-            cublasLtMatmul(lt, desc, &one, a, layout, a + (bytes / 4), layout, &zero, b, layout, b, layout, &result.algo, w, workspace, stream);
-        });
+        us = measure(
+            [&] { cublasLtMatmul(lt, desc, &one, a, layout, a + (bytes / 4), layout, &zero, b, layout, b, layout, &result.algo, w, workspace, stream); });
         matmul_tflops = 2.0 * n * n * n / us[us.size() / 2] / 1e6;
         cublasLtMatmulPreferenceDestroy(preference);
         cublasLtMatrixLayoutDestroy(layout);

@@ -75,7 +75,8 @@ static Model random_model(Dice& dice, int max_seq) {
     if (attention == "infini")
         pattern += format(":kv-heads=%d:segment=%d:memory-update=%s:memory-init=%s:first-segment=%s", kv_heads, dice.one_of({1, 3, 16, 64, 100}),
                           dice.one_of({"linear", "delta"}), dice.one_of({"one", "zero"}), dice.one_of({"pass", "gated"}));
-    if (attention == "lightning") pattern += format(":decay=%s:scheme=%s", dice.one_of({"minimax", "fla", "none"}), dice.one_of({"auto", "sequential", "parallel"}));
+    if (attention == "lightning")
+        pattern += format(":decay=%s:scheme=%s", dice.one_of({"minimax", "fla", "none"}), dice.one_of({"auto", "sequential", "parallel"}));
     if (attention == "mla")
         pattern += format(":q-lora-rank=%d:kv-lora-rank=%d:qk-nope-dim=%d:qk-rope-dim=%d:v-dim=%d", dice.one_of({0, 0, 24}), dice.one_of({8, 40, 64}),
                           dice.one_of({8, 64, 20}), dice.one_of({0, 6, 32}), dice.one_of({8, 64, 24}));

@@ -199,12 +199,12 @@ struct TokenPlace {
 // One sequence's decode state in one network layer (device memory): a block of constant size, always float32, all zeros for an empty sequence; and one row
 // of floatX a token in pages.
 struct AttentionState {
-    int64_t length;          // tokens in it, before those that extend() appends now; their rows have been allocated
-    float* fixed;            // AttentionStateSize::per_sequence numbers
-    floatX* const* pages;    // page p holds the rows of tokens p·page_size ...
+    int64_t length;        // tokens in it, before those that extend() appends now; their rows have been allocated
+    float* fixed;          // AttentionStateSize::per_sequence numbers
+    floatX* const* pages;  // page p holds the rows of tokens p·page_size ...
     int page_size;
-    int64_t offset;          // of this network layer within a page
-    int64_t per_token;       // AttentionStateSize::per_token: the length of a row
+    int64_t offset;     // of this network layer within a page
+    int64_t per_token;  // AttentionStateSize::per_token: the length of a row
     __device__ floatX* row(int64_t j) const { return pages[j / page_size] + offset + j % page_size * per_token; }
 };
 

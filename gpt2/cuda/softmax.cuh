@@ -15,9 +15,9 @@ struct SoftmaxAttention {
     float scale;
     int window = 0;  // 0: none
     int num_seqs;
-    int max_q, max_k;         // no sequence has more queries, or keys (host bounds for the grid; the lengths themselves stand in cu_q, cu_k)
-    int64_t q_rows;           // rows of q in all: cu_q[num_seqs], or more
-    const int *cu_q, *cu_k;   // device: offsets of the sequences among the rows of q and of k, v; lengths of 0 are legal
+    int max_q, max_k;        // no sequence has more queries, or keys (host bounds for the grid; the lengths themselves stand in cu_q, cu_k)
+    int64_t q_rows;          // rows of q in all: cu_q[num_seqs], or more
+    const int *cu_q, *cu_k;  // device: offsets of the sequences among the rows of q and of k, v; lengths of 0 are legal
     // Row n, head h: q[n·q_stride + h·d_qk], k[n·k_stride + g·k_head], v[n·v_stride + g·v_head]; g is the kv head.
     const floatX* q;
     int64_t q_stride;
