@@ -63,10 +63,9 @@ inline int print_info(Options o) {
     printf("%-34s %s\n", "of gradients and moments", bytes_text((double)trainer->gradient_bytes()).c_str());
     printf("%-34s %s, training on %lld x %lld tokens\n", "of activations", bytes_text((double)trainer->activation_bytes()).c_str(), (long long)o.batch,
            (long long)o.seq);
-    printf("%-34s %s a token, and %s a sequence (float32)\n", "decode state", bytes_text(4.0 * (double)state.per_token).c_str(),
-           bytes_text(4.0 * (double)state.per_sequence).c_str());
-    printf("%-34s %s\n", "",
-           format("%s for a sequence of %d tokens", bytes_text(4.0 * ((double)state.per_token * c.max_seq + (double)state.per_sequence)).c_str(), c.max_seq)
-               .c_str());
+    // Rows of tokens are stored in the working type, memories always in float32.
+    double token = (trainer_on_gpu() && o.dtype == "bf16" ? 2.0 : 4.0) * (double)state.per_token, sequence = 4.0 * (double)state.per_sequence;
+    printf("%-34s %s a token, and %s a sequence\n", "decode state", bytes_text(token).c_str(), bytes_text(sequence).c_str());
+    printf("%-34s %s\n", "", format("%s for a sequence of %d tokens", bytes_text(token * c.max_seq + sequence).c_str(), c.max_seq).c_str());
     return 0;
 }

@@ -9,18 +9,17 @@
 //     B8  T8192, B2 T32768        403 MB    134 µs
 //     B1  T262144                 1.6 GB    537 µs
 //     B8  T4096, hs 128, C 2048   537 MB    179 µs
-// Beside that every one of the 3·N·C numbers costs an exponential and a reciprocal, of which the GPU does 3.7e12 a second: 151 million numbers are 81 µs.
+// Beside that every one of the 3·N·C numbers goes through SiLU: with tanh one operation of the special function unit, of which the GPU does 3.7e12 a second,
+// 41 µs at N 65536, C 768; and some ten instructions of a thread are spent on each number altogether, of which it does 3e13: 50 µs.
 //
 //   1. As the formula reads. A block a sequence and head, a thread a column of S, which stands in shared memory: for each token all of S is read and written,
 //      between two barriers. Expected: milliseconds, mostly latency.
 //   2. Chunks, float32 arithmetic: what was a chain of n steps becomes four products of matrices, whose operands stand in shared memory, 4 by 4 numbers of the
 //      result a thread. Expected: bound by shared memory at a third of what float32 units could do, 2 to 3 ms at B64.
 //   3. Tensor cores (bf16). S stays in registers as accumulators of the matrix instructions, a chunk is on its way while the one before is worked on, and each
-//   row
-//      is read once. Expected: a third to a half of the limit at B64 T1024, where 768 blocks fill the GPU; but with B1 only 12 multiprocessors have work.
-//   4. Spans (the parallel scheme), where sequences and heads do not fill the GPU: k and v are read twice, 6/4 of the bytes, by all multiprocessors. Expected:
-//   the
-//      same as version 3 at B64 and with hs 128, and about twice the limit at the other shapes.
+//      row is read once. Expected: half to two thirds of the limit at B64 T1024, where 768 blocks fill the GPU; but with B1 only 12 multiprocessors have work.
+//   4. Spans (the parallel scheme), where sequences and heads do not fill the GPU: k and v are read twice, 6/4 of the bytes, by all multiprocessors.
+//      Expected: the same as version 3 at B64 and with hs 128, and about twice the limit at the other shapes.
 //
 // Kernels 1 and 2 serve what 3 does not take. The last version is the function that the layer calls; it chooses.
 #include "lightning_case.h"

@@ -9,8 +9,7 @@
 //   1. As the formulas read: RMSNorm's kernel, then one that gates; backward one that takes the gate's gradient, then RMSNorm's. The row between the two goes
 //      through memory: 5/3 of the bytes forward, 9/5 backward.
 //   2. One kernel, a warp a row, which is read again for each use; backward a second one for the sums over columns. 3/3 and 8/5 of the bytes, as long as what
-//   is
-//      read again is still in a cache.
+//      is read again is still in a cache.
 //   3. The row stays in registers between its uses; backward also makes the columns' sums, in registers of the thread that owns a column. Expected: above 75 %
 //      of the copy's bandwidth.
 #include "../../gpt2/cuda/lightning.cuh"

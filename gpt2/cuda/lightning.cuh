@@ -23,9 +23,9 @@
 // from its own state. That reads b and d twice, but fills the GPU when sequences and heads are few. Between spans states are float32 numbers in scratch
 // memory, hs/512 of them for each number of o at the most. Backward computes them again: kept, they would be the largest thing that training keeps.
 //
-//   lightning_sweep_kernel1   token by token: any head size
-//   lightning_sweep_kernel2   chunks, float32 arithmetic: head sizes up to some 250
-//   lightning_sweep_kernel3   chunks, tensor cores: bf16, head sizes up to 128 that are multiples of 8
+//   lightning_sweep_kernel1   token by token: any head size                                               (lightning_sweep.cuh)
+//   lightning_sweep_kernel2   chunks, float32 arithmetic: head sizes up to some 250                       (lightning_sweep.cuh)
+//   lightning_sweep_kernel3   chunks, tensor cores: bf16, head sizes up to 128 that are multiples of 8    (lightning_tensor_cores.cuh)
 //
 // The numbers are those of the ladders dev/cuda/lightning_forward.cu, lightning_backward.cu and lightning_gate.cu, which say what was tried and expected.
 #pragma once

@@ -1,5 +1,5 @@
-// Lightning attention's sweeps on tensor cores: bf16 operands, float32 sums, head sizes up to 128 that are multiples of 8 (see lightning_sweep.cuh for what a
-// sweep computes, and for the formulas of a chunk).
+// Lightning attention's sweeps on tensor cores: bf16 operands, float32 sums, head sizes up to 128 that are multiples of 8. What a sweep
+// computes, and the formulas of a chunk, stand in lightning.cuh.
 #pragma once
 
 #include "lightning_sweep.cuh"
