@@ -21,7 +21,7 @@
 // Two schemes, as on the CPU. Sequential: a block takes a sequence and head from end to end, S in registers; each row is read once. Parallel: sequences
 // are cut into *spans* of a few hundred tokens. What each span adds to the state (b and d are read), a scan over the spans, then all spans at once, each
 // from its own state. That reads b and d twice, but fills the GPU when sequences and heads are few. Between spans states are float32 numbers in scratch
-// memory, hs/512 of them for each number of o at the most. Backward computes them again: kept, they would be the largest thing that training keeps.
+// memory, hs/512 of them for each number of o at the most. Backward computes them again.
 //
 //   lightning_sweep_kernel1   token by token: any head size                                               (lightning_sweep.cuh)
 //   lightning_sweep_kernel2   chunks, float32 arithmetic: head sizes up to some 250                       (lightning_sweep.cuh)
