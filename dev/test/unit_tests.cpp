@@ -21,6 +21,7 @@
 #include "gpt2/files.h"
 #include "gpt2/philox.h"
 #include "gpt2/safetensors.h"
+#include "gpt2/state.h"
 #include "gpt2/tokenizer.h"
 
 // ---------------------------------------------------------------------------------------------------------------------------------------------------------
@@ -1077,6 +1078,44 @@ TEST_CASE("config: the parameter list") {
         CHECK(model_parameters(c).size() == 124439808 + 47 * 768);
     }
     CHECK(model_parameters(parsed("causal", {}, "rope")).find("wpe") == -1);
+}
+
+// ----------------------------------------------------------------------------
+// States of sequences that are being decoded
+
+TEST_CASE("a forked sequence shares full pages, and owns its last page and its block") {
+    StatePool<float, double> pool({{3, 2}, {0, 5}}, /*page_size*/ 4);  // two layers: rows of 3 and a block of 2; a block of 5
+    int a = pool.create();
+    CHECK(pool.fixed_offset == std::vector<int64_t>{0, 2});
+    for (int i = 0; i < 7; i++) CHECK(pool.sequences[a].fixed.get()[i] == 0);
+    pool.reserve(a, 6);
+    REQUIRE(pool.sequences[a].pages.size() == 2);
+    pool.sequences[a].length = 6;
+    auto page = [&](int s, int p) { return pool.pages[pool.sequences[s].pages[p]].get(); };
+    for (int i = 0; i < 12; i++) page(a, 0)[i] = (float)i, page(a, 1)[i] = (float)(100 + i);
+    for (int i = 0; i < 7; i++) pool.sequences[a].fixed.get()[i] = i + 0.5;
+
+    int b = pool.fork(a);
+    CHECK(pool.sequences[b].length == 6);
+    CHECK(page(b, 0) == page(a, 0));
+    REQUIRE(page(b, 1) != page(a, 1));
+    for (int i = 0; i < 12; i++) CHECK(page(b, 1)[i] == (float)(100 + i));
+    for (int i = 0; i < 7; i++) CHECK(pool.sequences[b].fixed.get()[i] == i + 0.5);
+    CHECK(pool.bytes() == 3 * 12 * sizeof(float) + 2 * 7 * sizeof(double));  // the shared page counts once
+
+    page(b, 1)[0] = pool.sequences[b].fixed.get()[0] = -1;  // what one does the other does not see
+    CHECK(page(a, 1)[0] == 100);
+    CHECK(pool.sequences[a].fixed.get()[0] == 0.5);
+    pool.release(a);
+    CHECK(page(b, 0)[11] == 11);  // still held by the other
+    CHECK(pool.bytes() == 2 * 12 * sizeof(float) + 7 * sizeof(double));
+    pool.release(b);
+    CHECK(pool.bytes() == 0);
+    int c = pool.create();  // numbers and pages are used again, blocks start from zero
+    CHECK(c == a);
+    pool.reserve(c, 12);
+    CHECK(pool.pages.size() == 3);
+    for (int i = 0; i < 7; i++) CHECK(pool.sequences[c].fixed.get()[i] == 0);
 }
 
 int main(int argc, char** argv) {
