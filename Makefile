@@ -8,6 +8,7 @@
 #   ARCH=native           the processor to compile for (-march)
 #   CUDA_ARCH=            GPUs to compile for, e.g. "80 90a"; default: the one that is here, or these two
 #   NVCC=nvcc             the CUDA compiler, 12 or newer
+#   NVCC_OPT=-O3          how far it optimises
 ATTENTION ?= causal
 RUN_ARGS  ?=
 ifeq ($(origin CXX),default)

@@ -10,7 +10,7 @@ data=${DATA:-data/stories/train.txt}
 csv=build/cuda/profile.csv
 ncu --csv --clock-control none --metrics gpu__time_duration.sum ./train_gpt2cu train --preset gpt2-124M --batch 64 --seq 1024 --data "$data" --steps 1 \
     --val-every 0 --sample-every 0 --save-every 0 "$@" >"$csv" 2>build/cuda/profile.err || { tail -3 "$csv" build/cuda/profile.err; exit 1; }
-# Columns of the CSV: the kernel's name is the 5th, the value (nanoseconds) the last. cuBLASLt's kernels have names of their own.
+# A kernel belongs to the first family whose expression its name matches: cuBLASLt's kernels have names of their own, and its bias gradients others again.
 python3 - "$csv" <<'P'
 import csv, re, sys
 families = [("bias gradients", r"Bgrad|bias_backward|gpu::add_kernel"), ("matrix products (cuBLASLt)", r"nvjet|cutlass|gemm|cublas|splitK|cublasLt"), ("softmax forward", r"softmax_forward"), ("softmax backward", r"softmax_backward|softmax_bwd"),
