@@ -319,7 +319,8 @@ inline void save(TrainingRun& run) {
     if (run.o.out.empty() || run.o.save_every == 0 || run.saved_step == run.state.step) return;
     run.log.sync();
     save_checkpoint(run.o.out, *run.trainer, run.state);
-    std::string plans = run.trainer->matmul_plans();
+    // Plans that were timed differ from run to run; cuBLASLt's own choice does not, and is made anew on another machine.
+    std::string plans = run.o.tune ? run.trainer->matmul_plans() : "";
     if (!plans.empty()) write_file(run.o.out + "/matmul_plans.txt", plans);
     run.saved_step = run.state.step;
 }
