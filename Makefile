@@ -41,7 +41,7 @@ CU        := $(B)/cuda
 LADDERS   := $(patsubst dev/cuda/%.cu,$(CU)/%,$(wildcard dev/cuda/*.cu))
 
 .DEFAULT_GOAL := help
-.PHONY: FORCE help run test bench asan format deps check-deps check-nvcc clean corpus sabotage references test-gpu ladder ladders profile
+.PHONY: FORCE help run test bench asan format deps check-deps check-nvcc clean corpus sabotage references test-gpu bench-gpu ladder ladders profile
 .DELETE_ON_ERROR:
 .SECONDARY:
 
@@ -81,6 +81,10 @@ test-gpu: train_gpt2 train_gpt2cu test_gpt2cu $(CU)/gpu_tests  ## on a GPU: the 
 ladders: check-nvcc $(LADDERS)  ## build every kernel's ladder (dev/cuda), into build/cuda
 ladder: ladders  ## on a GPU: check and time every version of every kernel, and write the tables into dev/cuda/README.md
 	@dev/cuda/ladder.sh $(LADDERS)
+
+bench-gpu: check-nvcc $(CU)/bench  ## on a GPU: milliseconds a step of GPT-2 124M, 350M, 1558M, and over lengths up to 131072
+	@$(CU)/bench
+	@$(CU)/bench lengths
 
 profile: train_gpt2cu  ## on a GPU: where the milliseconds of a training step go, by kernel family (Nsight Compute)
 	@dev/cuda/profile.sh
@@ -144,6 +148,10 @@ $(CU)/gpu_tests.o: dev/test/gpu_tests.cpp | $(CU)
 	$(CXX) $(BASE) $(FAST) -DNO_CBLAS -c $< -o $@
 $(CU)/gpu_tests: $(CU)/gpu_tests.o $(CU)/train_gpt2_bf16.o $(CU)/train_gpt2_float32.o $(B)/program.o
 	$(NVCC) $(GENCODE) $^ -o $@ $(CUDA_LIBS)
+$(CU)/bench.o: dev/cuda/bench.cpp | $(CU)
+	$(NVCC) $(NVCCFLAGS) -c $< -o $@
+$(CU)/bench: $(CU)/bench.o $(CU)/train_gpt2_bf16.o $(CU)/train_gpt2_float32.o $(B)/program.o
+	$(NVCC) $(GENCODE) $(filter %.o,$^) -o $@ $(CUDA_LIBS)
 $(CU)/%: dev/cuda/%.cu | $(CU)
 	$(NVCC) $(NVCCFLAGS) $< -o $@ $(CUDA_LIBS)
 
