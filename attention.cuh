@@ -38,6 +38,9 @@ struct AttentionContext {
     DropoutKey dropout;          // p = 0 in evaluation
     Scratch scratch;
 
+    // backward: a bias gradient to which Σ_n dout has been added already, by the LayerNorm that has left dout; or null.
+    const float* summed = nullptr;
+
     // extend: the state of each sequence, and the keys in it once the new tokens are there.
     const AttentionState* states = nullptr;  // (num_seqs)
     const int64_t* lengths_host = nullptr;   // (num_seqs) tokens in each state, before the new ones
@@ -84,7 +87,7 @@ inline void output_forward(const AttentionContext& ctx, const floatX* o, int64_t
     dropout_add(ctx.stream, out, residual, branch, ctx.dropout, DROP_ATTENTION, ctx.place, N, C);
 }
 
-// do (N,D) = (Z⊙dout)·Wo;  dWo += (Z⊙dout)ᵀ·o;  dbo += Σ_n Z⊙dout.
+// do (N,D) = (Z⊙dout)·Wo;  dWo += (Z⊙dout)ᵀ·o;  dbo += Σ_n Z⊙dout, unless it is ctx.summed.
 inline void output_backward(const AttentionContext& ctx, const floatX* o, int64_t D, const floatX* wo, const floatX* dout, floatX* d_o, float* dwo,
                             float* dbo) {
     int64_t N = ctx.tokens(), C = ctx.config->channels;
@@ -94,7 +97,7 @@ inline void output_backward(const AttentionContext& ctx, const floatX* o, int64_
         dropout_add(ctx.stream, dbranch, nullptr, dout, ctx.dropout, DROP_ATTENTION, ctx.place, N, C);
         dout = dbranch;
     }
-    linear_backward(ctx.stream, d_o, false, dwo, dbo, dout, o, wo, N, D, C);
+    linear_backward(ctx.stream, d_o, false, dwo, dbo == ctx.summed ? nullptr : dbo, dout, o, wo, N, D, C);
 }
 
 }  // namespace gpu
@@ -240,6 +243,15 @@ inline int64_t infini_core_scratch(const AttentionConfig& a, const InfiniPass& p
     return p.carried ? scratch_bytes({q, p.max_keys * p.kv_channels() * size}) : scratch_bytes({q + p.num_tokens * p.kv_channels() * size});
 }
 
+// Scratch for infini_core_backward(): dden, dmemories; then what each of its parts takes.
+inline int64_t infini_core_backward_scratch(const AttentionConfig& a, const InfiniPass& p) {
+    int64_t N = p.num_tokens, size = sizeof(floatX);
+    int64_t local = infini_core_scratch(a, p) + (p.carried ? scratch_bytes({p.max_keys * p.row_size() * size}) : 0) +
+                    softmax_backward_scratch(p.heads, p.kv_heads, p.hs, p.hs, N, p.max_keys);
+    return scratch_bytes({N * p.heads * (int64_t)sizeof(float), p.max_memories * infini_memory_size(a) * (int64_t)sizeof(float)}) +
+           std::max({local, infini_read_backward_scratch(p), infini_write_scratch(p)});
+}
+
 // kv_tokens: at least N + lanes·(segment−1) if forward and backward are to start from that many carried memories; N if they never do.
 inline int64_t infini_scratch(const AttentionConfig& a, int64_t N, int64_t num_seqs, int64_t kv_tokens, bool training) {
     bool carried = !training || kv_tokens > N || a["segment"] == 1;  // segments of one token never leave any pending
@@ -248,10 +260,8 @@ inline int64_t infini_scratch(const AttentionConfig& a, int64_t N, int64_t num_s
     int64_t memories = p.max_memories * infini_memory_size(a) * (int64_t)sizeof(float), write = infini_write_scratch(p), core = infini_core_scratch(a, p);
     int64_t forward = scratch_bytes({N * C * size}) + tables + std::max({core, write, branch});
     if (!training) return forward + scratch_bytes({N * qkv_size(a) * size, memories});
-    int64_t dkeys = p.carried ? scratch_bytes({p.max_keys * p.row_size() * size}) : 0;
-    int64_t local = core + dkeys + softmax_backward_scratch(a.heads, p.kv_heads, p.hs, p.hs, N, p.max_keys);
-    int64_t backward = scratch_bytes({N * C * size, N * C * size, N * a.heads * (int64_t)sizeof(float), N * qkv_size(a) * size, memories}) + tables;
-    return std::max(forward, backward + std::max({local, infini_gate_backward_scratch(p), write, branch}));
+    return std::max(forward,
+                    scratch_bytes({N * C * size, N * C * size, N * qkv_size(a) * size}) + tables + std::max(infini_core_backward_scratch(a, p), branch));
 }
 
 // ---- local attention: segments are sequences of the softmax core ----------------------------------------------------------------------------------
@@ -319,6 +329,27 @@ inline void infini_local_backward(const AttentionContext& ctx, const InfiniPass&
         rope(ctx.stream, dqkv, p.qkv_stride(), dqkv, p.qkv_stride(), ctx.tokens(), p.heads + p.kv_heads, p.hs, p.hs, p.position, -1);
 }
 
+// ---- both together --------------------------------------------------------------------------------------------------------------------------------
+
+// D (N,C), lse (NH,N) or null: local attention. A (N,C), which may be D: all of it.
+inline void infini_core_forward(const AttentionContext& ctx, const InfiniPass& p, const float* beta, floatX* D, float* lse, floatX* A) {
+    infini_local_forward(ctx, p, D, lse);
+    infini_write(ctx.stream, p, ctx.scratch);
+    infini_retrieve(ctx.stream, p, beta, D, A);
+}
+
+// From dA (N,C): dβ (NH) +=, dq, dk, dv in dqkv (N, qkv_size), overwritten. other (N,C): scratch.
+inline void infini_core_backward(const AttentionContext& ctx, const InfiniPass& p, const float* beta, float* dbeta, const floatX* D, const float* lse,
+                                 const floatX* dA, floatX* other, floatX* dqkv) {
+    AttentionContext rest = ctx;
+    float *dden = rest.scratch.take<float>(p.num_tokens * p.heads), *dmemories = rest.scratch.take<float>(p.max_memories * infini_memory_size(*ctx.config));
+    const floatX* dD = infini_local_gradient(ctx.stream, p, beta, dA, other);
+    infini_local_backward(rest, p, D, lse, dD, dqkv);
+    floatX* dn = other;  // dD is needed no more
+    infini_read_backward(ctx.stream, p, beta, dbeta, D, dA, dn, dden, dqkv, dmemories, rest.scratch);
+    infini_memory_backward(ctx.stream, p, beta, dqkv, dmemories, rest.scratch);
+}
+
 // ---- the layer ------------------------------------------------------------------------------------------------------------------------------------
 
 // A pass of forward() or backward(). The states of lanes are copied to saved["carry"] when forward() begins, since it may overwrite them, and found there by
@@ -341,9 +372,7 @@ inline void infini_forward(const AttentionContext& ctx, const Tensors& parameter
     floatX* A = rest.scratch.take<floatX>(N * C);
     linear_forward(ctx.stream, saved["qkv"], x, parameters["wqkv"], parameters["bqkv"], N, C, qkv_size(a));
     InfiniPass p = infini_pass(ctx, saved, true, rest.scratch);
-    infini_local_forward(rest, p, saved["d"], saved["lse"]);
-    infini_write(ctx.stream, p, rest.scratch);
-    infini_retrieve(ctx.stream, p, parameters["beta"], saved["d"], A);
+    infini_core_forward(rest, p, parameters["beta"], saved["d"], saved["lse"], A);
     if (ctx.memory_to) infini_leave(ctx.stream, p, nullptr, ctx.memory_to);
     output_forward(rest, A, C, parameters["wo"], parameters["bo"], residual, out);
 }
@@ -355,17 +384,11 @@ inline void infini_backward(const AttentionContext& ctx, const Tensors& paramete
     int64_t N = ctx.tokens(), C = a.channels;
     AttentionContext rest = ctx;
     floatX *A = rest.scratch.take<floatX>(N * C), *dA = rest.scratch.take<floatX>(N * C);
-    float* dden = rest.scratch.take<float>(N * a.heads);
     floatX* dqkv = rest.scratch.take<floatX>(N * qkv_size(a));
     InfiniPass p = infini_pass(ctx, saved, false, rest.scratch);
-    float* dmemories = rest.scratch.take<float>(p.max_memories * infini_memory_size(a));
     infini_retrieve(ctx.stream, p, parameters["beta"], saved["d"], A);
     output_backward(rest, A, C, parameters["wo"], dout, dA, gradients["wo"], gradients["bo"]);
-    floatX *dD = dA, *dn = A;  // which are needed no more
-    infini_gate_backward(ctx.stream, p, parameters["beta"], gradients["beta"], saved["d"], dA, dn, dden, rest.scratch);
-    infini_local_backward(rest, p, saved["d"], saved["lse"], dD, dqkv);
-    infini_query_backward(ctx.stream, p, dn, dden, dqkv, dmemories);
-    infini_memory_backward(ctx.stream, p, dqkv, dmemories, rest.scratch);
+    infini_core_backward(rest, p, parameters["beta"], gradients["beta"], saved["d"], saved["lse"], dA, A, dqkv);
     linear_backward(ctx.stream, dx, false, gradients["wqkv"], gradients["bqkv"], dqkv, x, parameters["wqkv"], N, C, qkv_size(a));
 }
 
@@ -380,9 +403,7 @@ inline void infini_extend(const AttentionContext& ctx, const Tensors& parameters
     InfiniSource source{};
     source.states = ctx.states;
     infini_begin(ctx.stream, p, ctx.cu_seqlens, ctx.place, source, qkv, memories, rest.scratch);
-    infini_local_forward(rest, p, A, nullptr);
-    infini_write(ctx.stream, p, rest.scratch);
-    infini_retrieve(ctx.stream, p, parameters["beta"], A, A);
+    infini_core_forward(rest, p, parameters["beta"], A, nullptr, A);
     infini_leave(ctx.stream, p, ctx.states, nullptr);
     output_forward(rest, A, C, parameters["wo"], parameters["bo"], residual, out);
 }
@@ -394,19 +415,23 @@ inline Attention infini_attention() { return {"infini", infini_saved, infini_scr
 // --------------------------------------------------------------------------------------------------------------------------------------------------
 // 5. Lightning attention
 //
-// Saves u = x·Wqkvᵀ, x·Wgᵀ, o and 1/rms, N·(5C + 1) numbers, and S for each carried memory. The states between chunks, which the CPU saves, are computed
-// again (lightning.cuh).
+// Saves u = x·Wqkvᵀ, x·Wgᵀ, o and 1/rms, N·(5C + 1) numbers, and S for each carried memory. The states before chunks, which the CPU saves, are saved where
+// Hopper's kernels leave them (lightning_hopper.cuh), and computed again by all others.
 
 namespace gpu {
 
 inline std::vector<TensorSpec> lightning_saved(const AttentionConfig& a, int64_t N, int lanes) {
     int64_t C = a.channels;
-    return {buffer_spec("qkv", {N, 3 * C}), buffer_spec("o", {N, C}), buffer_spec("rstd", {N}, Storage::FLOAT32), buffer_spec("gate", {N, C}),
-            buffer_spec("states", {lanes, C * a.head_size()}, Storage::FLOAT32)};
+    return {buffer_spec("qkv", {N, 3 * C}),
+            buffer_spec("o", {N, C}),
+            buffer_spec("rstd", {N}, Storage::FLOAT32),
+            buffer_spec("gate", {N, C}),
+            buffer_spec("states", {lanes, C * a.head_size()}, Storage::FLOAT32),
+            buffer_spec("chunks", {lightning_states(a, N)})};
 }
 
 inline int64_t lightning_scratch(const AttentionConfig& a, int64_t N, int64_t num_seqs, int64_t, bool training) {
-    int64_t row = N * a.channels * sizeof(floatX), recurrence = lightning_recurrence_scratch(a, N),
+    int64_t row = N * a.channels * sizeof(floatX), recurrence = lightning_recurrence_scratch(a, N, training),
             starts = scratch_bytes({num_seqs * (int64_t)sizeof(float*)});
     int64_t forward = scratch_bytes({row}) + std::max(scratch_bytes({row}), starts + recurrence);
     if (!training) return std::max(forward, scratch_bytes({3 * row, row, row}) + std::max(scratch_bytes({row}), recurrence));
@@ -440,7 +465,7 @@ inline void lightning_forward(const AttentionContext& ctx, const Tensors& parame
     Scratch scratch = rest.scratch;
     Lightning g = lightning_pass(ctx, saved, true, scratch);
     g.memory_to = ctx.memory_to;
-    lightning_recurrence_forward(ctx.stream, g, u, o, scratch, lightning_method(*ctx.config));
+    lightning_recurrence_forward(ctx.stream, g, u, o, scratch, lightning_method(*ctx.config), saved["chunks"]);
     lightning_gate_forward(ctx.stream, z, saved["rstd"], o, gate, parameters["gain"], N, C);
     output_forward(rest, z, C, parameters["wo"], nullptr, residual, out);
 }
@@ -459,7 +484,7 @@ inline void lightning_backward(const AttentionContext& ctx, const Tensors& param
 
     floatX* du = rest.scratch.take<floatX>(N * 3 * C);
     Lightning g = lightning_pass(ctx, saved, false, rest.scratch);
-    lightning_recurrence_backward(ctx.stream, g, u, d_o, du, rest.scratch, lightning_method(*ctx.config));
+    lightning_recurrence_backward(ctx.stream, g, u, d_o, du, rest.scratch, lightning_method(*ctx.config), saved["chunks"]);
     linear_backward(ctx.stream, dx, false, gradients["wqkv"], nullptr, du, x, parameters["wqkv"], N, C, 3 * C);
     linear_backward(ctx.stream, dx, true, gradients["wg"], nullptr, dgate, x, parameters["wg"], N, C, C);
 }

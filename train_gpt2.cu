@@ -138,7 +138,7 @@ struct Gpt2 : Trainer {
         }
         if (o.plan_only) return;
         stream = main_stream();
-        scratch_need = std::max(scratch_need, encoder_backward_scratch(o.max_tokens, c.channels, c.padded_vocab_size));
+        scratch_need = std::max(scratch_need, encoder_backward_scratch(o.max_tokens, c.channels));
         for (size_t i = 0; i < params.specs.size(); i++)
             if (!masters.data[i]) masters.data[i] = params.data[i];
         for (int l = 0; l < c.layers; l++) {
@@ -420,6 +420,11 @@ struct Gpt2 : Trainer {
         }
     }
 
+    // Without dropout dx is the gradient of the output projections of MLP and attention as it stands, and the LayerNorms whose backward pass leaves it sum its
+    // columns on the way: the projections' bias gradients. These are they; null: there is dropout (the projection's own backward pass sums), or no bias.
+    float* mlp_summed(int l) const { return dropout_of(l).p > 0 ? nullptr : grad(l, "mlp.bproj"); }
+    float* attention_summed(int l) const { return dropout_of(l).p > 0 || attn_grads[l].find("bo") < 0 ? nullptr : (float*)attn_grads[l]["bo"]; }
+
     // dx (N,C), the gradient of the block's output, becomes that of `mid`, its middle.
     void mlp_backward(int l, floatX* dx) {
         NvtxRange range("mlp backward");
@@ -430,11 +435,11 @@ struct Gpt2 : Trainer {
             dbranch = dacts["branch"];
             dropout_add(stream, dbranch, nullptr, dx, dropout, DROP_MLP, place, N, C);
         }
-        linear_gelu_backward(stream, dfc, grad(l, "mlp.wproj"), grad(l, "mlp.bproj"), dbranch, act(l, "gelu"), act(l, "fc"), param(l, "mlp.wproj"), N, 4 * C,
-                             C);
+        float* dbproj = mlp_summed(l) ? nullptr : grad(l, "mlp.bproj");
+        linear_gelu_backward(stream, dfc, grad(l, "mlp.wproj"), dbproj, dbranch, act(l, "gelu"), act(l, "fc"), param(l, "mlp.wproj"), N, 4 * C, C);
         linear_backward(stream, dln, false, grad(l, "mlp.wfc"), grad(l, "mlp.bfc"), dfc, act(l, "ln2"), param(l, "mlp.wfc"), N, C, 4 * C);
         layernorm_backward(stream, dx, true, grad(l, "ln2.w"), grad(l, "ln2.b"), dln, act(l, "mid"), act(l, "ln2.mean"), act(l, "ln2.rstd"), param(l, "ln2.w"),
-                           N, C);
+                           N, C, attention_summed(l));
     }
 
     void backward() override {
@@ -442,19 +447,22 @@ struct Gpt2 : Trainer {
         assert(pass.training);
         int64_t N = (int64_t)batch.tokens.size(), C = config.channels;
         floatX *dx = dacts["x"], *dln = dacts["ln"];
-        layernorm_backward(stream, dx, false, grads["lnf.w"], grads["lnf.b"], dln, acts["x"], acts["lnf.mean"], acts["lnf.rstd"], params["lnf.w"], N, C);
+        layernorm_backward(stream, dx, false, grads["lnf.w"], grads["lnf.b"], dln, acts["x"], acts["lnf.mean"], acts["lnf.rstd"], params["lnf.w"], N, C,
+                           mlp_summed(config.layers - 1));
         for (int l = config.layers - 1; l >= 0; l--) {
             recompute_block(l);
             mlp_backward(l, dx);
             NvtxRange layer_range("attention backward");
-            attention(config.attention[l].name).backward(context(l), attn_params[l], attn_grads[l], attn_saved[l], act(l, "ln1"), dx, dln);
+            AttentionContext ctx = context(l);
+            ctx.summed = attention_summed(l);
+            attention(config.attention[l].name).backward(ctx, attn_params[l], attn_grads[l], attn_saved[l], act(l, "ln1"), dx, dln);
             layernorm_backward(stream, dx, true, grad(l, "ln1.w"), grad(l, "ln1.b"), dln, act(l, "x"), act(l, "ln1.mean"), act(l, "ln1.rstd"),
-                               param(l, "ln1.w"), N, C);
+                               param(l, "ln1.w"), N, C, l > 0 ? mlp_summed(l - 1) : nullptr);
         }
         DropoutKey dropout = dropout_of(0);
         if (dropout.p > 0) dropout_add(stream, dx, nullptr, dx, dropout, DROP_EMBEDDING, place, N, C);
-        scratch.reserve(encoder_backward_scratch(N, C, config.padded_vocab_size));
-        encoder_backward(stream, grads["wte"], wpe<float>(grads), dx, tokens, position, N, C, config.padded_vocab_size, config.max_seq,
+        scratch.reserve(encoder_backward_scratch(N, C));
+        encoder_backward(stream, grads["wte"], wpe<float>(grads), dx, tokens, cu_seqlens, batch.num_seqs(), max_len, N, C, config.padded_vocab_size,
                          {scratch.memory, scratch.size});
     }
 

@@ -8,6 +8,7 @@ infini: the whole-sequence form under torch.compile. lightning: flash-linear-att
 the time of forward and backward less that of forward. The same shapes are timed by the ladder (dev/cuda/README.md): run both on one machine, one after the other.
 """
 import sys
+import warnings
 
 import torch
 import torch.nn.functional as F
@@ -85,6 +86,7 @@ if __name__ == "__main__":
     wanted = sys.argv[1:] or list(parts)
     if set(wanted) - set(parts):
         sys.exit(f"usage: attention_torch.py [{'] ['.join(parts)}]")
+    warnings.filterwarnings("ignore")
     print(f"torch {torch.__version__}, {torch.cuda.get_device_name()}\n\n| shape | peer | forward ms | backward ms |\n| --- | --- | --- | --- |")
     for name in wanted:
         parts[name]()

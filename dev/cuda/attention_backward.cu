@@ -6,9 +6,9 @@
 // FLOPs: 2·(3·d_qk + 2·d_v) for each visible pair of query and key and each head. Bytes: q, k, v, o, do read once, dq, dk, dv written once.
 // GPT-2 124M, 64 sequences of 1024 tokens: 258 GFLOP and 806 MB, on an H100 0.37 ms at 690 TFLOP/s of matrix products and 0.27 ms at 3.0 TB/s. The products of
 // all versions are 7 instead of 5 (gpt2/cuda/softmax_backward.cuh says why), 361 GFLOP and 0.52 ms; mma.sync, the tensor cores' instruction that every GPU
-// from compute capability 8.0 on has, reaches about two thirds of an H100's matrix rate. So 1 ms would be very good, and 2 ms is good.
+// from compute capability 8.0 on has, reaches about two thirds of an H100's matrix rate. So 1 ms would be very good for versions 3 to 6, and 2 ms is good.
 //
-// All versions begin with softmax_backward_delta_kernel, which makes D and reads o and do once: 0.07 ms.
+// Versions 1 to 6 begin with softmax_backward_delta_kernel, which makes D and reads o and do once: 0.07 ms.
 //
 //  1  naive: a thread owns a row, of queries for dq or of keys for dk and dv, and walks over the rows of the other sort, its sums in an array. Every operand of
 //     every product is a memory access: some TFLOP/s at best.
@@ -23,7 +23,11 @@
 //     only where the diagonal, the window or an end runs through, and nothing at all is computed where nothing is visible. Expected: 1.5 times version 4.
 //  6  32 rows a warp: each operand fetched from shared memory serves two products instead of one. Version 5 reads 128 bytes of shared memory, all that a
 //     multiprocessor can in a cycle, for 2048 FLOPs, less than its tensor cores do in one; now these are the limit. Takes 255 registers a thread, two blocks a
-//     multiprocessor. Expected: 1.3 times version 5. For larger heads there is no room for 32 rows. In use.
+//     multiprocessor. Expected: 1.3 times version 5. For larger heads there is no room for 32 rows. In use, but on a Hopper GPU.
+//  7  Hopper (gpt2/cuda/softmax_backward_hopper.cuh): warpgroups multiply 64 rows at a time straight from shared memory, which one warpgroup fills by bulk
+//     copies, and D is made on the way. For a pair of tiles of 128 queries and 128 keys of a head of 64 the 7 products take 3584 cycles of a multiprocessor,
+//     the 2·128² exponentials 2048: 0.43 ms for the 27,648 pairs of GPT-2's shape if the tensor cores never wait. They do where a warpgroup waits for its
+//     own scores and at both ends of a tile of owned rows. Expected: 60-70 % of that rate, 0.65-0.75 ms, half of version 6's time. In use.
 #include "../../gpt2/cuda/softmax_backward.cuh"
 
 #include "ladder.h"
@@ -254,7 +258,7 @@ static bool launch5(cudaStream_t stream, const SoftmaxAttention& a, const Softma
 #endif
 
 static bool backward(int version, cudaStream_t stream, const SoftmaxAttention& attention, const SoftmaxGradients& g, Scratch scratch) {
-    if (version == 6) {
+    if (version == 7) {
         softmax_backward(stream, attention, g, scratch);
         return true;
     }
@@ -268,6 +272,7 @@ static bool backward(int version, cudaStream_t stream, const SoftmaxAttention& a
     if (version == 3) return launch3<Plain>(stream, a, g, stats);
     if (version == 4) return launch3<Swizzled>(stream, a, g, stats);
     if (version == 5) return launch5(stream, a, g, stats);
+    if (version == 6 && fits_tensor_cores(a, g)) return launch6(stream, a, g, stats), true;
 #endif
     return false;
 }
@@ -440,7 +445,7 @@ static void time(Ladder& ladder, const Problem& p) {
 int main(int argc, char** argv) {
     Ladder ladder("attention_backward",
                   {"a thread a row", "tiles in shared memory and registers", "tensor cores", "swizzled shared memory",
-                   "pipelined, own rows in registers, masks only where needed", "32 rows a warp (in use)"},
+                   "pipelined, own rows in registers, masks only where needed", "32 rows a warp", "Hopper: warpgroups, bulk copies (in use)"},
                   argc, argv);
 
     for (int T : {63, 64, 65, 200}) check(ladder, uniform(2, 3, T, 64, 64));
@@ -463,6 +468,18 @@ int main(int argc, char** argv) {
     check(ladder, {2, 2, 192, 128, few_queries, many_keys, 30});
     check(ladder, {12, 4, 64, 64, {150, 33}, {150, 33}});
     check(ladder, {4, 1, 20, 12, {150, 33}, {150, 33}, 50});
+    // Around the tiles of 64 and 128 rows; 128 keys and 128 queries are a block's.
+    const std::vector<std::pair<int, int>> sizes{{64, 64}, {128, 128}, {96, 64}, {192, 128}};
+    for (auto [d_qk, d_v] : sizes) {
+        for (int T : {127, 128, 129, 257}) check(ladder, uniform(2, 2, T, d_qk, d_v));
+        check(ladder, uniform(1, 1, 1000, d_qk, d_v));
+        check(ladder, {4, 2, d_qk, d_v, ragged, ragged});
+        check(ladder, {2, 1, d_qk, d_v, few_queries, many_keys});
+        check(ladder, {2, 2, d_qk, d_v, {1, 300, 129, 64}, {700, 500, 130, 64}, 90});
+        check(ladder, {2, 2, d_qk, d_v, {500}, {500}, 65});
+        check(ladder, {4, 1, d_qk, d_v, {400, 7}, {400, 7}, 65});
+        check(ladder, {4, 1, d_qk, d_v, {100, 300}, {350, 300}, 200});
+    }
     for (int d : {64, 32, 96, 128, 20}) {
         check(ladder, {4, 2, d, d, {200, 31}, {200, 31}, 0, 0.1});
         check(ladder, {4, 2, d, d, few_queries, many_keys, 50, 0.1, true});
@@ -473,6 +490,7 @@ int main(int argc, char** argv) {
 
     time(ladder, uniform(64, 12, 1024, 64, 64));
     time(ladder, uniform(8, 12, 8192, 64, 64));
+    time(ladder, uniform(2, 12, 32768, 64, 64));
     time(ladder, uniform(8, 16, 4096, 128, 128));
     time(ladder, uniform(64, 12, 1024, 96, 64));
     time(ladder, uniform(4, 16, 8192, 192, 128));

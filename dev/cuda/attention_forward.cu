@@ -18,7 +18,13 @@
 //    no bank conflicts, and masks only in tiles that need them. Expected: twice version 3. Then shared memory is the limit: every 16 rows read all keys and
 //    values, 16 bytes a score at d 64, which at 128 bytes a clock and multiprocessor is 0.25 ms for the shape above. (Version 5's code with MT = 1.)
 // 5. 32 rows a warp, 128 a block: what ldmatrix fetches is used twice, so that the traffic of shared memory halves and the tensor cores are the limit.
-//    Expected: 1.3 times version 4, 0.35 ms. In use.
+//    Expected: 1.3 times version 4, 0.35 ms. In use where version 6 is not.
+// 6. Hopper's way: one warp copies tiles in bulk (TMA), warpgroups multiply them by wgmma, the scores with both operands in shared memory, the weights as left
+//    operand in registers. For 64 queries by 128 keys at d 64 the products take 512 clocks of a multiprocessor's tensor cores and the exponentials 512 clocks
+//    of its special function units, where mma.sync alone takes 850; so the two must overlap: three warpgroups take turns at multiplying while the others make
+//    weights of scores, and these no longer look for the largest score, which took a quarter of that time (why they need not:
+//    gpt2/cuda/softmax_forward_hopper.cuh). Blocks stay and take work from a queue, so that an item's first tiles come while the one before is finished.
+//    Expected: 60% of that bound at T 8192, 1.5 ms; half of it at T 1024, where each item of 192 queries meets only 4 tiles of keys, 0.28 ms. In use.
 #include "../../gpt2/cuda/softmax_forward.cuh"
 
 #include "ladder.h"
@@ -153,6 +159,8 @@ inline bool forward(int version, cudaStream_t stream, const SoftmaxAttention& a,
     if (!softmax_fwd::takes_tensor_cores(a, o, o_stride)) return false;
     if (version == 3) return forward3(stream, a, o, o_stride, lse);
     if (version == 4) return softmax_fwd::forward5<1>(stream, a, o, o_stride, lse), true;
+    if (version == 5) return softmax_fwd::forward5<2>(stream, a, o, o_stride, lse), true;
+    if (!softmax_fwd::takes_hopper(a)) return false;
     return softmax_forward(stream, a, o, o_stride, lse), true;
 #endif
 }
@@ -166,7 +174,8 @@ struct Case {
     double dropout = 0;
     std::vector<int> q_at = {}, drop_seq = {}, drop_pos = {};  // empty: null
     bool lse = true;
-    int odd = 0;  // so many numbers more between the rows of q, k, v
+    int odd = 0;          // so many numbers more between the rows of q, k, v
+    float sharpness = 1;  // the scale is so many times 1/√d_qk
 };
 
 constexpr int NAN_ROWS = 3;  // before, and behind, the sequences' rows in q, k, v and o; nobody may read or write them
@@ -212,7 +221,7 @@ inline void check(Ladder& ladder, const Case& c) {
 
     cpu::SoftmaxAttention r{};
     r.heads = c.heads, r.kv_heads = c.kv_heads, r.d_qk = c.d_qk, r.d_v = c.d_v;
-    r.scale = 1 / std::sqrt((float)c.d_qk);
+    r.scale = c.sharpness / std::sqrt((float)c.d_qk);
     r.window = c.window;
     r.num_seqs = num_seqs;
     r.cu_q = cu_q.data(), r.cu_k = cu_k.data();
@@ -297,6 +306,16 @@ inline void check_all(Ladder& ladder) {
         check(ladder, {name, more, more, 2, 2, d.d_qk, d.d_v});
         check(ladder, {name + " tail queries, window 70", {1, 40}, {100, 190}, 2, 1, d.d_qk, d.d_v, 70});
     }
+    // Kernel 6's tiles have 128 and 192 queries, counted from the end, and 128 keys.
+    for (auto d : {widths[0], widths[5], widths[6], widths[7]}) {
+        std::string name = "d " + std::to_string(d.d_qk) + "/" + std::to_string(d.d_v);
+        check(ladder, {name + " edges", {1, 63, 127, 128, 129, 191, 192, 193, 385}, {1, 63, 127, 128, 129, 191, 192, 193, 385}, 2, 1, d.d_qk, d.d_v});
+        check(ladder, {name + " T 1000", {1000}, {1000}, 2, 2, d.d_qk, d.d_v});
+        check(ladder, {name + " tail queries", {1, 64, 100, 200}, {129, 500, 228, 513}, 4, 2, d.d_qk, d.d_v});
+        check(ladder, {name + " window 129", {500, 130}, {500, 400}, 2, 2, d.d_qk, d.d_v, 129});
+        check(ladder, {name + " sharp", {600, 70}, {600, 700}, 2, 2, d.d_qk, d.d_v, 0, 0, {}, {}, {}, true, 0, 30});
+    }
+    check(ladder, {"B 2, T 1024, sharp", {1024, 1024}, {1024, 1024}, 2, 2, 64, 64, 0, 0, {}, {}, {}, true, 0, 10});
     check(ladder, {"odd strides", more, more, 2, 2, 64, 64, 0, 0, {}, {}, {}, true, 3});
     check(ladder, {"tail queries", {1, 5, 64, 70, 0, 3}, {100, 69, 200, 333, 50, 0}});
     check(ladder, {"more queries than keys", {10, 200, 64}, {3, 70, 64}});
@@ -353,13 +372,14 @@ inline void time_shape(Ladder& ladder, const std::string& name, int B, int T, in
 int main(int argc, char** argv) {
     Ladder ladder("attention_forward",
                   {"a thread a query row", "tiles in shared memory, float32 arithmetic (in use)", "tensor cores", "cp.async into two buffers, swizzled rows",
-                   "32 rows a warp (in use)"},
+                   "32 rows a warp (in use)", "wgmma, bulk copies, a warp that only copies (in use)"},
                   argc, argv);
     check_all(ladder);
     time_shape(ladder, "B 4, NH 12, T 1024, d 64", 4, 1024, 12, 64, 64);
     time_shape(ladder, "B 64, NH 12, T 1024, d 64", 64, 1024, 12, 64, 64);
     time_shape(ladder, "the same, dropout 0.1", 64, 1024, 12, 64, 64, 0.1);
     time_shape(ladder, "B 8, NH 12, T 8192, d 64", 8, 8192, 12, 64, 64);
+    time_shape(ladder, "B 2, NH 12, T 32768, d 64", 2, 32768, 12, 64, 64);
     time_shape(ladder, "B 256, NH 12, T 256, d 64", 256, 256, 12, 64, 64);
     time_shape(ladder, "B 8, NH 16, T 4096, d 128", 8, 4096, 16, 128, 128);
     time_shape(ladder, "B 64, NH 12, T 1024, d 96/64", 64, 1024, 12, 96, 64);

@@ -71,8 +71,9 @@ static void bench(const std::string& preset_name, const std::string& pattern, co
     size_t free = 0, total = 0;
     cudaMemGetInfo(&free, &total);
     double median = ms[ms.size() / 2];
-    printf("| %s | %s | %d | %d | %d | %.1f [%.1f %.1f] | %.0f | %.1f | %.1f |\n", preset_name.c_str(), pattern.c_str(), B, T, o.recompute, median, ms[ms.size() / 10],
-           ms[ms.size() * 9 / 10], B * T / median * 1e3, 100 * 3 * model_flops(c, T) * B * T / (median * 1e-3) / model->peak_flops(), (total - free) * 1e-9);
+    printf("| %s | %s | %d | %d | %d | %.1f [%.1f %.1f] | %.0f | %.1f | %.1f |\n", preset_name.c_str(), pattern.c_str(), B, T, o.recompute, median,
+           ms[ms.size() / 10], ms[ms.size() * 9 / 10], B * T / median * 1e3, 100 * 3 * model_flops(c, T) * B * T / (median * 1e-3) / model->peak_flops(),
+           (total - free) * 1e-9);
     fflush(stdout);
 }
 
@@ -80,7 +81,9 @@ int main(int argc, char** argv) {
     bool tune = argc > 1 && strcmp(argv[1], "--tune") == 0;
     if (tune) argc--, argv++;
     try {
-        printf("| model | attention | B | T | recompute | ms a step [10 %% 90 %%] | tokens/s | MFU %% | memory GB |\n| --- | --- | --- | --- | --- | --- | --- | --- | --- |\n");
+        printf(
+            "| model | attention | B | T | recompute | ms a step [10 %% 90 %%] | tokens/s | MFU %% | memory GB |\n| --- | --- | --- | --- | --- | --- | --- | "
+            "--- | --- |\n");
         if (argc == 1) {
             for (const AttentionDescription& d : attention_descriptions()) bench("gpt2-124M", d.name, "", 64, 1024, 40, tune);
             bench("gpt2-350M", "causal", "", 32, 1024, 30, tune);

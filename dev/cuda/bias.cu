@@ -1,17 +1,21 @@
 // The bias gradient: db (OC) += Σ_n dout_n, dout (N,OC).
 //
 // A call reads dout once and does one addition a number: nothing but memory. N = 65536 in bf16: OC = 768 100 MB, 2304 302 MB, 3072 403 MB, which at the
-// 3.0 TB/s of an H100 take 34, 101 and 134 µs. (Inside dW's product, which reads dout anyway, it would cost nothing: linear_backward in matmul.cu times that.)
+// 3.0 TB/s of an H100 take 34, 101 and 134 µs. Inside dW's product, which reads dout anyway, it should cost nothing; but cuBLASLt's epilogue for it (BGRADB)
+// costs 55, 158 and 174 µs, and the one behind GELU's gradient (DGELU_BGRAD) more than a millisecond.
 //
 //   1  a thread a column, down all rows. Neighbouring threads read neighbouring columns, so nothing that is read is wasted; but 768 columns are 768 threads
 //      on a machine that wants 100 000, each waiting for one row after the other
 //   2  the rows cut into pieces too: 512 blocks of 8 warps leave partial sums in the workspace, a second small kernel adds those up. No atomics: the pieces
 //      depend on N and OC alone and are added in one order. Expected: close to the memory's rate, less what 64 bytes for each warp's load cost
 //   3  16 bytes a load instead of 2: an eighth of the load instructions, 512 neighbouring bytes of a row for a warp, and 4 rows in flight. Expected: all of
-//      the memory's rate. In use (gpt2/cuda/matmul.cuh); rows that are not multiples of 16 bytes take version 2, which is the same template
+//      the memory's rate
+//   4  one launch: as many blocks as the GPU holds at once, which wait for each other and then add up the partial sums together; equal shares of the rows,
+//      eight of them in flight. At 768 columns version 3 is 18 µs over the memory's time: two launches, a second stage whose threads add 170 numbers one after
+//      the other, and blocks that end at different times. Expected: 6 µs over it, for launch and the grid's barrier. In use (gpt2/cuda/bias.cuh)
 #include "ladder.h"
 
-#include "../../gpt2/cuda/matmul.cuh"
+#include "../../gpt2/cuda/bias.cuh"
 
 using namespace gpu;
 
@@ -23,6 +27,62 @@ __global__ void bias_backward_kernel1(float* db, const floatX* dout, int64_t N, 
     db[column] += sum;
 }
 
+// Version 2 with W = 1, 3 with as many as 16 bytes hold.
+//   1. a block takes 32·W columns and a piece of the rows. A warp reads a row's 32·W neighbours in one instruction, the 8 warps take every 8th row;
+//      their sums are added in the order of the warps: partial (pieces, OC).
+//   2. partial sums are added to db in the order of the pieces, 8 interleaved strands of them first.
+template <int W>
+__global__ void __launch_bounds__(256)
+    bias_backward_kernel3(float* partial, const floatX* dout, int64_t N, int64_t OC, int64_t dout_stride, int64_t rows_per_piece) {
+    __shared__ float shared[8][W][32];
+    int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    int64_t first_column = (int64_t)blockIdx.x * 32 * W, column = first_column + lane * W, n0 = blockIdx.y * rows_per_piece;
+    int64_t n1 = n0 + rows_per_piece < N ? n0 + rows_per_piece : N;
+    Numbers<W> sum;
+    if (column < OC) {
+#pragma unroll 4  // rows in flight at a time
+        for (int64_t n = n0 + warp; n < n1; n += 8) {
+            Numbers<W> x = load_numbers<W>(dout + n * dout_stride + column);
+            for (int i = 0; i < W; i++) sum[i] += x[i];
+        }
+    }
+    for (int i = 0; i < W; i++) shared[warp][i][lane] = sum[i];
+    __syncthreads();
+    int c = threadIdx.x;  // of the block's columns
+    if (c >= 32 * W || first_column + c >= OC) return;
+    float total = 0;
+    for (int w = 0; w < 8; w++) total += shared[w][c % W][c / W];
+    partial[blockIdx.y * OC + first_column + c] = total;
+}
+__global__ void __launch_bounds__(256) bias_backward_sum_kernel3(float* db, const float* partial, int64_t pieces, int64_t OC) {
+    __shared__ float shared[8][32];
+    int lane = threadIdx.x % 32, strand = threadIdx.x / 32;
+    int64_t column = (int64_t)blockIdx.x * 32 + lane;
+    float sum = 0;
+    if (column < OC) {
+#pragma unroll 4
+        for (int64_t piece = strand; piece < pieces; piece += 8) sum += partial[piece * OC + column];
+    }
+    shared[strand][lane] = sum;
+    __syncthreads();
+    if (strand > 0 || column >= OC) return;
+    float total = 0;
+    for (int s = 0; s < 8; s++) total += shared[s][lane];
+    db[column] += total;
+}
+template <int W>
+inline void bias_backward3(cudaStream_t stream, float* db, const floatX* dout, int64_t N, int64_t OC, int64_t dout_stride) {
+    // About 512 blocks, four for each multiprocessor of an H100. Each warp has at least one row.
+    int64_t tiles = ceil_div(OC, 32 * W), pieces = std::max<int64_t>(1, std::min(512 / tiles, ceil_div(N, 8)));
+    int64_t rows_per_piece = round_up(ceil_div(N, pieces), 8);
+    pieces = ceil_div(N, rows_per_piece);
+    float* partial = Scratch{workspace(), WORKSPACE_BYTES}.take<float>(pieces * OC);
+    bias_backward_kernel3<W><<<dim3((unsigned)tiles, (unsigned)pieces), 256, 0, stream>>>(partial, dout, N, OC, dout_stride, rows_per_piece);
+    LAUNCH_CHECK();
+    bias_backward_sum_kernel3<<<(unsigned)ceil_div(OC, 32), 256, 0, stream>>>(db, partial, pieces, OC);
+    LAUNCH_CHECK();
+}
+
 static bool run(int version, cudaStream_t stream, float* db, const floatX* dout, int64_t N, int64_t OC) {
     switch (version) {
         case 1:
@@ -30,7 +90,11 @@ static bool run(int version, cudaStream_t stream, float* db, const floatX* dout,
             LAUNCH_CHECK();
             return true;
         case 2:
-            bias_backward_launch<1>(stream, db, dout, N, OC, OC);
+            bias_backward3<1>(stream, db, dout, N, OC, OC);
+            return true;
+        case 3:
+            if (OC % Packed<floatX>::size != 0) return false;
+            bias_backward3<Packed<floatX>::size>(stream, db, dout, N, OC, OC);
             return true;
         default:
             bias_backward(stream, db, dout, N, OC);
@@ -39,8 +103,8 @@ static bool run(int version, cudaStream_t stream, float* db, const floatX* dout,
 }
 
 int main(int argc, char** argv) {
-    Ladder ladder("bias_backward", {"a thread a column", "two stages", "16-byte loads (in use)"}, argc, argv);
-    int64_t shapes[][2] = {{1, 1}, {7, 13}, {1000, 33}, {9, 8}, {515, 264}, {64, 2304}, {4099, 768}, {3, 20000}};
+    Ladder ladder("bias_backward", {"a thread a column", "two stages", "16-byte loads", "one launch (in use)"}, argc, argv);
+    int64_t shapes[][2] = {{1, 1}, {7, 13}, {1000, 33}, {9, 8}, {515, 264}, {64, 2304}, {4099, 768}, {3, 20000}, {300, 8192}, {77, 1601}};
     for (auto& shape : shapes) {
         int64_t N = shape[0], OC = shape[1];
         std::vector<float> dout = random_numbers(N * OC, 1), before = random_numbers(OC, 2), after = before;
@@ -59,8 +123,8 @@ int main(int argc, char** argv) {
         DeviceArray<floatX> d_dout(dout);
         DeviceArray<float> db(OC);
         ladder.check(format("rows %ld apart", (long)stride), {accumulated("db", db, before, after, 2e-5)}, [&](int version) {
-            if (version == 3) bias_backward(ladder.stream, db, d_dout, N, OC, stride);
-            return version == 3;
+            if (version == 4) bias_backward(ladder.stream, db, d_dout, N, OC, stride);
+            return version == 4;
         });
     }
     bool timing = argc < 2 || strcmp(argv[argc - 1], "--check") != 0;

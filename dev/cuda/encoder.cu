@@ -6,6 +6,8 @@
 // No arithmetic to speak of; what counts is bytes. Forward must write out (N,C) and read each row of the tables that occurs once (repeated ones come from the
 // L2 cache); backward must read dout once, and read and write each table row that occurs, in float32. N = 65536 tokens of C = 768 channels in
 // bf16, a vocabulary of 50304 of which a Zipf-like text of this length uses 15000 words: forward 126 MB = 42 µs at 3.0 TB/s, backward 202 MB = 67 µs.
+// Backward is further from that than it looks: the two tables want the rows of dout in two orders, so it is read twice (what is left of it in the L2 cache
+// aside, 303 MB = 101 µs), and putting 65536 tokens in order takes some 40 µs in which hardly a byte moves.
 //
 // Forward
 //   1. A thread a number, found by division. Threads of a warp read neighbours, but each fetches the token and divides 64-bit numbers for itself.
@@ -21,6 +23,11 @@
 //   3. Pieces of 64 entries of the sorted list, whatever runs they cut, eight rows in flight: equal work for all. Parts of cut runs are joined by a second
 //      kernel (encoder_backward_kernel3, encoder_join_kernel3). Expected: also when all tokens are the same, bandwidth (with dout read twice, once a table:
 //      101 µs), and the two sorts, some 60 µs.
+//   4. Positions need no sort: they count up in each sequence, so the rows of position p are known (encoder_position_kernel4). That saves a sort, 38 µs, and
+//      the reading of keys. And in version 3 a warp that comes to the end of a run waits for the table's old row, fifteen times a piece, one after the other;
+//      now the runs of a piece are shared out among eight warps, and the old row is on its way together with the rows of dout (encoder_backward_kernel4).
+//      And the second kernel no longer looks for the end of a run by halving, ten reads one after the other, but all its threads at once
+//      (encoder_join_kernel4). Expected: 38 µs for the sort, 65 for the tokens, 10 for joining, 35 for the positions: 150 instead of 312.
 #define GPT2_NO_MAIN
 #include "../../train_gpt2.cpp"
 
@@ -75,6 +82,93 @@ __global__ void encoder_backward_kernel2(float* dtable, const floatX* dout, cons
     dtable[run * C + c] += sum;
 }
 
+// A warp takes 32·W channels of one piece. head, tail (pieces,C) are written only where a run is cut.
+template <int W>
+__global__ void __launch_bounds__(256)
+    encoder_backward_kernel3(float* __restrict__ dtable, float* __restrict__ head, float* __restrict__ tail, const floatX* __restrict__ dout,
+                             const int* __restrict__ sorted, const int* __restrict__ order, int N, int C) {
+    constexpr int BATCH = 8;  // rows in flight
+    int chunks = (int)ceil_div(C, 32 * W);
+    int64_t task = ((int64_t)blockIdx.x * blockDim.x + threadIdx.x) / 32, piece = task / chunks;
+    int c = ((int)(task % chunks) * 32 + threadIdx.x % 32) * W;
+    if (piece * ENCODER_PIECE >= N || c >= C) return;
+    int begin = (int)piece * ENCODER_PIECE, end = (int)min((piece + 1) * ENCODER_PIECE, (int64_t)N);
+
+    int run = sorted[begin];
+    bool began_before = begin > 0 && sorted[begin - 1] == run;
+    Numbers<W> sum;
+    for (int i0 = begin; i0 < end; i0 += BATCH) {
+        int key[BATCH];
+        Numbers<W> row[BATCH];
+#pragma unroll
+        for (int j = 0; j < BATCH; j++) {
+            if (i0 + j >= end) continue;
+            key[j] = sorted[i0 + j];
+            row[j] = load_numbers<W>(dout + (int64_t)order[i0 + j] * C + c);
+        }
+#pragma unroll
+        for (int j = 0; j < BATCH; j++) {
+            if (i0 + j >= end) continue;
+            if (key[j] != run) {  // the run ends here
+                float* to = began_before ? head + piece * C + c : dtable + (int64_t)run * C + c;
+                if (!began_before) {
+                    Numbers<W> old = load_numbers<W>(to);
+                    for (int k = 0; k < W; k++) sum[k] += old[k];
+                }
+                store_numbers<W>(to, sum);
+                sum = {};
+                run = key[j];
+                began_before = false;
+            }
+            for (int k = 0; k < W; k++) sum[k] += row[j][k];
+        }
+    }
+    bool goes_on = end < N && sorted[end] == run;
+    float* to = began_before ? head + piece * C + c : goes_on ? tail + piece * C + c : dtable + (int64_t)run * C + c;
+    if (!began_before && !goes_on) {
+        Numbers<W> old = load_numbers<W>(to);
+        for (int k = 0; k < W; k++) sum[k] += old[k];
+    }
+    store_numbers<W>(to, sum);
+}
+
+// Block (piece, 32·W channels): if a run begins in this piece and is cut at its end, its parts are added: this piece's tail and the heads of all pieces that
+// the run reaches. Warp w takes the parts w, w+8, ...
+template <int W>
+__global__ void __launch_bounds__(256) encoder_join_kernel3(float* __restrict__ dtable, const float* __restrict__ head, const float* __restrict__ tail,
+                                                            const int* __restrict__ sorted, int N, int C) {
+    constexpr int WARPS = 8;
+    __shared__ float parts[WARPS][32 * W];
+    int piece = blockIdx.x, pieces = gridDim.x, begin = piece * ENCODER_PIECE;
+    if (piece + 1 == pieces) return;
+    int end = begin + ENCODER_PIECE, run = sorted[end];
+    if (sorted[end - 1] != run || (begin > 0 && sorted[begin - 1] == run)) return;  // not cut; or it began before this piece
+
+    int last = piece + 1, beyond = pieces;  // the last piece that begins with this run
+    while (beyond - last > 1) {
+        int middle = (last + beyond) / 2;
+        (sorted[middle * ENCODER_PIECE] == run ? last : beyond) = middle;
+    }
+
+    int lane = threadIdx.x % 32, warp = threadIdx.x / 32, c = (blockIdx.y * 32 + lane) * W;
+    Numbers<W> sum;
+    if (c < C) {
+        if (warp == 0) sum = load_numbers<W>(tail + (int64_t)piece * C + c);
+#pragma unroll 4
+        for (int q = piece + 1 + warp; q <= last; q += WARPS) {
+            Numbers<W> part = load_numbers<W>(head + (int64_t)q * C + c);
+            for (int k = 0; k < W; k++) sum[k] += part[k];
+        }
+    }
+    for (int k = 0; k < W; k++) parts[warp][k * 32 + lane] = sum[k];
+    __syncthreads();
+    if (warp > 0 || c >= C) return;
+    Numbers<W> total = load_numbers<W>(dtable + (int64_t)run * C + c);
+    for (int w = 0; w < WARPS; w++)
+        for (int k = 0; k < W; k++) total[k] += parts[w][k * 32 + lane];
+    store_numbers<W>(dtable + (int64_t)run * C + c, total);
+}
+
 static void backward(int version, cudaStream_t stream, float* dtable, const floatX* dout, const int* keys, int64_t N, int64_t C, int64_t bound,
                      Scratch scratch) {
     if (version == 1) {
@@ -82,29 +176,46 @@ static void backward(int version, cudaStream_t stream, float* dtable, const floa
     } else {
         int *sorted = scratch.take<int>(N), *order = scratch.take<int>(N);
         sort_rows(stream, sorted, order, keys, N, bound, scratch);
+        if (version == 3) {
+            int64_t pieces = ceil_div(N, ENCODER_PIECE);
+            float *head = scratch.take<float>(pieces * C), *tail = scratch.take<float>(pieces * C);
+            constexpr int W = Packed<floatX>::size;
+            bool vectors = C % W == 0;
+            int64_t warps = pieces * ceil_div(C, 32 * (vectors ? W : 1));
+            (vectors ? encoder_backward_kernel3<W> : encoder_backward_kernel3<1>)<<<(unsigned)ceil_div(warps, 8), 256, 0, stream>>>(
+                dtable, head, tail, dout, sorted, order, (int)N, (int)C);
+            dim3 grid((unsigned)pieces, (unsigned)ceil_div(C, 32 * (vectors ? 4 : 1)));
+            (vectors ? encoder_join_kernel3<4> : encoder_join_kernel3<1>)<<<grid, 256, 0, stream>>>(dtable, head, tail, sorted, (int)N, (int)C);
+            LAUNCH_CHECK();
+            return;
+        }
         encoder_backward_kernel2<<<dim3((unsigned)N, (unsigned)ceil_div(C, 256)), 256, 0, stream>>>(dtable, dout, sorted, order, N, C);
     }
     LAUNCH_CHECK();
 }
 
-static void backward(int version, cudaStream_t stream, float* dwte, float* dwpe, const floatX* dout, const int* tokens, const int* position, int64_t N,
-                     int64_t C, int64_t V, int64_t max_seq, Scratch scratch) {
-    if (version == 3) {
-        encoder_backward(stream, dwte, dwpe, dout, tokens, position, N, C, V, max_seq, scratch);
+static void backward(int version, cudaStream_t stream, float* dwte, float* dwpe, const floatX* dout, const int* tokens, const int* position,
+                     const int* cu_seqlens, int num_seqs, int64_t N, int64_t C, int64_t V, int64_t T, Scratch scratch) {
+    if (version == 4) {
+        encoder_backward(stream, dwte, dwpe, dout, tokens, cu_seqlens, num_seqs, (int)T, N, C, V, scratch);
         return;
     }
     backward(version, stream, dwte, dout, tokens, N, C, V, scratch);
-    if (dwpe) backward(version, stream, dwpe, dout, position, N, C, max_seq, scratch);
+    if (dwpe) backward(version, stream, dwpe, dout, position, N, C, T, scratch);
 }
 
 // ---- the ladders ---------------------------------------------------------------------------------------------------------------------------------------
 
 enum Text { ZIPF, ONE_TOKEN };
 struct Shape {
-    int64_t N, C, V, T;  // positions count from 0 to T−1 again and again; T = 0: no wpe
+    int64_t N, C, V, T;  // sequences of T tokens, the last one shorter; T = 0: no wpe
     Text text;
+    bool ragged = false;  // lengths T, 0, T/2, T, 0 ...
     std::string name() const {
-        return format("N=%lld C=%lld V=%lld T=%lld%s", (long long)N, (long long)C, (long long)V, (long long)T, text == ONE_TOKEN ? " one token" : "");
+        return format("N=%lld C=%lld V=%lld T=%lld%s", (long long)N, (long long)C, (long long)V, (long long)T,
+                      text == ONE_TOKEN ? " one token"
+                      : ragged          ? " ragged"
+                                        : "");
     }
 };
 
@@ -121,9 +232,18 @@ static std::vector<int> make_tokens(const Shape& s) {
     }
     return tokens;
 }
+static std::vector<int> make_cu_seqlens(const Shape& s) {
+    std::vector<int> cu(1, 0);
+    for (int64_t k = 0; cu.back() < s.N; k++) {
+        int64_t length = s.T == 0 ? s.N : !s.ragged || k % 3 == 0 ? s.T : k % 3 == 1 ? 0 : s.T / 2;
+        cu.push_back((int)std::min(cu.back() + length, s.N));
+    }
+    return cu;
+}
 static std::vector<int> make_positions(const Shape& s) {
-    std::vector<int> position(s.N);
-    for (int64_t n = 0; n < s.N; n++) position[n] = s.T ? (int)(n % s.T) : 0;
+    std::vector<int> cu = make_cu_seqlens(s), position(s.N);
+    for (size_t k = 0; k + 1 < cu.size(); k++)
+        for (int n = cu[k]; n < cu[k + 1]; n++) position[n] = s.T ? n - cu[k] : 0;
     return position;
 }
 static int64_t distinct(std::vector<int> x) {
@@ -151,20 +271,21 @@ static void check_forward(Ladder& ladder, const Shape& s) {
 }
 
 static void check_backward(Ladder& ladder, const Shape& s) {
-    std::vector<int> tokens = make_tokens(s), position = make_positions(s);
+    std::vector<int> tokens = make_tokens(s), position = make_positions(s), cu = make_cu_seqlens(s);
     std::vector<float> dout = random_numbers(s.N * s.C, 1), dwte = random_numbers(s.V * s.C, 2), dwpe = random_numbers(s.T * s.C, 3);
     std::vector<float> dwte_reference = dwte, dwpe_reference = dwpe;
     cpu::encoder_backward(dwte_reference.data(), s.T ? dwpe_reference.data() : nullptr, dout.data(), tokens.data(), position.data(), s.N, s.C);
 
-    DeviceArray<int> d_tokens(tokens), d_position(position);
+    DeviceArray<int> d_tokens(tokens), d_position(position), d_cu(cu);
     DeviceArray<floatX> d_dout(dout);
     DeviceArray<float> d_dwte(s.V * s.C), d_dwpe(s.T * s.C);
-    DeviceArray<char> memory(encoder_backward_scratch(s.N, s.C, s.V));
+    DeviceArray<char> memory(encoder_backward_scratch(s.N, s.C));
     std::vector<Output> outputs = {accumulated("dwte", d_dwte, dwte, dwte_reference, 2e-5)};
     if (s.T) outputs.push_back(accumulated("dwpe", d_dwpe, dwpe, dwpe_reference, 2e-5));
     ladder.check(s.name(), outputs, [&](int version) {
         CUDA_CHECK(cudaMemsetAsync(memory, 0xff, memory.size, ladder.stream));  // nothing may hang on what is in it
-        backward(version, ladder.stream, d_dwte, s.T ? d_dwpe.data : nullptr, d_dout, d_tokens, d_position, s.N, s.C, s.V, s.T, {memory, memory.size});
+        backward(version, ladder.stream, d_dwte, s.T ? d_dwpe.data : nullptr, d_dout, d_tokens, d_position, d_cu, (int)cu.size() - 1, s.N, s.C, s.V, s.T,
+                 {memory, memory.size});
         return true;
     });
 }
@@ -181,23 +302,33 @@ static void time_forward(Ladder& ladder, const Shape& s) {
 }
 
 static void time_backward(Ladder& ladder, const Shape& s) {
-    std::vector<int> tokens = make_tokens(s), position = make_positions(s);
-    DeviceArray<int> d_tokens(tokens), d_position(position);
+    std::vector<int> tokens = make_tokens(s), position = make_positions(s), cu = make_cu_seqlens(s);
+    DeviceArray<int> d_tokens(tokens), d_position(position), d_cu(cu);
     DeviceArray<floatX> dout(repeated_numbers(s.N * s.C, 1));
     DeviceArray<float> dwte(std::vector<float>(s.V * s.C)), dwpe(std::vector<float>(s.T * s.C));
-    DeviceArray<char> memory(encoder_backward_scratch(s.N, s.C, s.V));
+    DeviceArray<char> memory(encoder_backward_scratch(s.N, s.C));
     double rows = (double)(distinct(tokens) + distinct(position));
     ladder.time(s.name(), {2.0 * s.N * s.C, (double)s.N * s.C * sizeof(floatX) + rows * s.C * 2 * sizeof(float)}, [&](int version) {
         if (version < 3 && s.text == ONE_TOKEN) return false;  // all of it one block's work: a tenth of a second and more
-        backward(version, ladder.stream, dwte, dwpe, dout, d_tokens, d_position, s.N, s.C, s.V, s.T, {memory, memory.size});
+        backward(version, ladder.stream, dwte, dwpe, dout, d_tokens, d_position, d_cu, (int)cu.size() - 1, s.N, s.C, s.V, s.T, {memory, memory.size});
         return true;
     });
 }
 
 int main(int argc, char** argv) {
     const std::vector<Shape> shapes = {
-        {1, 1, 3, 0, ZIPF},     {5, 7, 11, 3, ZIPF},        {64, 8, 5, 64, ZIPF},        {65, 33, 4, 13, ZIPF},         {200, 40, 50, 7, ZIPF},
-        {130, 129, 1, 1, ZIPF}, {1000, 257, 300, 50, ZIPF}, {700, 1600, 300, 100, ZIPF}, {20011, 40, 30, 0, ONE_TOKEN}, {4099, 768, 1000, 1024, ZIPF},
+        {1, 1, 3, 0, ZIPF},
+        {5, 7, 11, 3, ZIPF},
+        {64, 8, 5, 64, ZIPF},
+        {65, 33, 4, 13, ZIPF},
+        {200, 40, 50, 7, ZIPF},
+        {130, 129, 1, 1, ZIPF},
+        {1000, 257, 300, 50, ZIPF},
+        {700, 1600, 300, 100, ZIPF},
+        {20011, 40, 30, 0, ONE_TOKEN},
+        {4099, 768, 1000, 1024, ZIPF},
+        {3001, 264, 100, 37, ZIPF, true},
+        {2000, 13, 40, 500, ZIPF, true},
     };
     const Shape gpt2 = {65536, 768, 50304, 1024, ZIPF}, one_token = {65536, 768, 50304, 1024, ONE_TOKEN};
 
@@ -207,7 +338,9 @@ int main(int argc, char** argv) {
     int failed = forward_ladder.finish();
 
     Ladder backward_ladder("encoder_backward",
-                           {"a block a table row, which searches its tokens", "sorted by token: a block a run", "pieces of the sorted list"}, argc, argv);
+                           {"a block a table row, which searches its tokens", "sorted by token: a block a run", "pieces of the sorted list",
+                            "positions without sorting; runs shared out (in use)"},
+                           argc, argv);
     for (const Shape& s : shapes) check_backward(backward_ladder, s);
     time_backward(backward_ladder, gpt2);
     time_backward(backward_ladder, one_token);

@@ -1,11 +1,12 @@
 // Infini-attention's memory (attention.h, section 4; gpt2/cuda/infini.cuh has the equations): write, what the memory is behind every full segment; retrieve,
-// reading it and the gate; backward, of the gate, of the queries, and of the memory from the last segment to the first. Local attention is not in here.
+// reading it and the gate; backward, of the gate, of the queries, and of the memory from the last segment to the first, which finds in dq, dk, dv what local
+// attention has left there. Local attention is not in here: infini_core.cu has both.
 //
 // GPT-2 124M with N = 65536 tokens: a row of q, k, v, D or A is 1536 bytes in bf16, so each of them takes 101 MB, 34 µs at the 3.0 TB/s of an H100. A memory of
 // all heads is 200 KB in float32: 6 MB in all with segments of 2048 tokens, 13 MB with 1024, 51 MB with 256.
 //   write     k, v in, memories out: 202 MB and the memories, 70-85 µs; 2·hs·C FLOPs a token, 6.4 GFLOP, 9 µs at 690 TFLOP/s
 //   retrieve  q, D, memories in, A out: 302 MB and the memories, 105-120 µs; as many FLOPs
-//   backward  q, k, v, D, dA in, dD out, dq, dk, dv in and out: 1.2 GB and the memories twice, 410-440 µs; 10·hs·C FLOPs a token, 32 GFLOP, 47 µs
+//   backward  q, k, v, D, dA in, dq, dk, dv in and out: 1.1 GB and the memories twice, 370-400 µs; 10·hs·C FLOPs a token, 32 GFLOP, 47 µs
 // All of it is bound by memory, if tensor cores do the products: float32 arithmetic alone would take 6.4 GFLOP at 60 TFLOP/s, as long as the bytes, and
 // exponentials come on top.
 //
@@ -16,8 +17,13 @@
 //      shared memory: Φ once a tile, each number of M read from the caches serves 16 tokens. Expected: some milliseconds, bound by float32 multiply-adds and
 //      loads from shared memory. In use for float32 and for head sizes that are not multiples of 8 (infini_any_size.cuh)
 //   3  tensor cores; rows come through cp.async while the ones before are worked on, every row once. Expected: 1.3 times the limits above in write and
-//      retrieve. Backward has to write dn and to read it and q again, since dD must have gone through local attention before dq can be added up: 1.5 GB,
-//      500 µs. In use (infini_tensor_cores.cuh)
+//      retrieve. Backward writes dn and reads it, q and the memories again for dq: 1.4 GB, 470 µs. In use where the next one is not (infini_tensor_cores.cuh)
+//   4  Hopper's bulk copies and products, 64 numbers a head (infini_hopper.cuh). Blocks of neighbouring heads and rows are neighbours: 3 keeps 64 rows in each
+//      of 384 places of the tensors on their way at a time and gets 66 % of the bandwidth where its blocks are far apart. The gate's and the queries' backward
+//      passes are one: dn is never stored, since dn·Mᵀ = g/den·(dA·Mᵀ), and that product also gives dA·R = (dA·Mᵀ)·Φ(q)/den without Φ(q)M. Where there are
+//      sequences enough, a block walks through one and keeps the sum over its segments in registers, which saves reading and writing all memories once more in
+//      either direction. Expected: write 80-90, retrieve 110-125, backward 380-410 µs. Delta's maps: 3 waits for every load in turn; here those to come are on
+//      their way, and the columns stay in shared memory: 100-170 µs become 20-60. In use
 #include "ladder.h"
 
 #include "../../gpt2/cuda/infini.cuh"
@@ -96,7 +102,7 @@ __global__ void infini_retrieve_kernel1(InfiniPass p, const float* beta, const f
 }
 
 // A thread a token and head. dbetas (N,NH): each one's part of dβ.
-__global__ void infini_gate_backward_kernel1(InfiniPass p, const float* beta, const floatX* D, floatX* dA, floatX* dn, float* dden, float* dbetas) {
+__global__ void infini_gate_backward_kernel1(InfiniPass p, const float* beta, const floatX* D, const floatX* dA, floatX* dn, float* dden, float* dbetas) {
     int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x, n = i / p.heads;
     if (n >= p.num_tokens) return;
     int h = (int)(i % p.heads), hs = p.hs;
@@ -115,7 +121,6 @@ __global__ void infini_gate_backward_kernel1(InfiniPass p, const float* beta, co
             dn[at] = from_float<floatX>(g * d / den);
         }
         dA_D += d * to_float(D[at]);
-        dA[at] = from_float<floatX>((1 - g) * d);
     }
     if (memory) dden[h * p.num_tokens + n] = -g * dA_R / den;
     dbetas[i] = g * (1 - g) * (dA_R - dA_D);
@@ -129,16 +134,19 @@ __global__ void infini_beta_kernel1(InfiniPass p, const float* dbetas, float* db
 }
 
 // A thread a number of dq.
-__global__ void infini_query_backward_kernel1(InfiniPass p, const floatX* dn, const float* dden, floatX* dqkv) {
+__global__ void infini_query_backward_kernel1(InfiniPass p, const float* beta, const floatX* dn, const float* dden, floatX* dqkv) {
     int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x, n = i / p.channels();
     if (n >= p.num_tokens) return;
     int h = (int)(i % p.channels()) / p.hs, r = (int)(i % p.hs), hs = p.hs;
-    const float* memory = p.memory(segment_of(p, n), p.kv_head(h));
-    if (!memory) return;
-    float d = dden[h * p.num_tokens + n] * memory[r];
-    for (int c = 0; c < hs; c++) d += to_float(dn[n * p.channels() + h * hs + c]) * memory[hs + r * hs + c];
+    const InfiniSegment& segment = segment_of(p, n);
+    const float* memory = p.memory(segment, p.kv_head(h));
     int64_t at = n * p.qkv_stride() + h * hs + r;
-    dqkv[at] = from_float<floatX>(to_float(dqkv[at]) + d * min(1.f, feature(p.qkv[at])));
+    float d = 0;
+    if (memory) {
+        d = dden[h * p.num_tokens + n] * memory[r];
+        for (int c = 0; c < hs; c++) d += to_float(dn[n * p.channels() + h * hs + c]) * memory[hs + r * hs + c];
+    }
+    dqkv[at] = from_float<floatX>(p.keep(p.gate(segment, beta[h])) * to_float(dqkv[at]) + d * min(1.f, feature(p.qkv[at])));
 }
 
 // The gradient of every memory that is read, from the last to the first; a block a sequence and kv head, a thread a column.
@@ -152,7 +160,7 @@ __global__ void infini_memory_backward_kernel1(InfiniPass p, const floatX* dn, c
         for (int c = threadIdx.x; c < hs; c += blockDim.x) {
             dz[c] = after ? after[c] : 0;
             for (int r = 0; r < hs; r++) dM[r * hs + c] = after ? after[hs + r * hs + c] : 0;
-            for (int h = kv * p.group(); h < (kv + 1) * p.group(); h++)
+            for (int h = kv * p.heads_per_kv(); h < (kv + 1) * p.heads_per_kv(); h++)
                 for (int64_t n = segment.row; n < segment.row + segment.q_len; n++) {
                     const floatX* q = p.qkv + n * p.qkv_stride() + h * hs;
                     float d = to_float(dn[n * p.channels() + h * hs + c]);
@@ -164,21 +172,23 @@ __global__ void infini_memory_backward_kernel1(InfiniPass p, const floatX* dn, c
 }
 
 // A thread a number of dk and of dv.
-__global__ void infini_write_backward_kernel1(InfiniPass p, const float* dmemories, floatX* dqkv) {
+__global__ void infini_write_backward_kernel1(InfiniPass p, const float* beta, const float* dmemories, floatX* dqkv) {
     int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x, n = i / p.kv_channels();
     if (n >= p.num_tokens) return;
     int kv = (int)(i % p.kv_channels()) / p.hs, c = (int)(i % p.hs), hs = p.hs;
     const InfiniSegment& segment = segment_of(p, n);
-    if (segment.write < 0 || segment.last) return;
-    const float *dz = dmemories + p.memory_at(segment.write, kv), *dM = dz + hs;
     int64_t k = n * p.qkv_stride() + p.channels() + kv * hs, v = k + p.kv_channels();
-    float dk = dz[c], dv = 0;
-    for (int j = 0; j < hs; j++) {
-        dk += to_float(p.qkv[v + j]) * dM[c * hs + j];
-        dv += feature(p.qkv[k + j]) * dM[j * hs + c];
+    float dk = 0, dv = 0, keep = p.keep(p.gate(segment, beta[kv]));
+    if (segment.write >= 0 && !segment.last) {
+        const float *dz = dmemories + p.memory_at(segment.write, kv), *dM = dz + hs;
+        dk = dz[c];
+        for (int j = 0; j < hs; j++) {
+            dk += to_float(p.qkv[v + j]) * dM[c * hs + j];
+            dv += feature(p.qkv[k + j]) * dM[j * hs + c];
+        }
     }
-    dqkv[k + c] = from_float<floatX>(to_float(dqkv[k + c]) + dk * min(1.f, feature(p.qkv[k + c])));
-    dqkv[v + c] = from_float<floatX>(to_float(dqkv[v + c]) + dv);
+    dqkv[k + c] = from_float<floatX>(keep * to_float(dqkv[k + c]) + dk * min(1.f, feature(p.qkv[k + c])));
+    dqkv[v + c] = from_float<floatX>(keep * to_float(dqkv[v + c]) + dv);
 }
 
 // --------------------------------------------------------------------------------------------------------------------------------------------------
@@ -236,7 +246,7 @@ struct Device {
           dden(layer.N * pass.heads),
           dmemories(memories.size),
           dbetas(layer.N * pass.heads),
-          scratch(infini_tables_bytes(pass) + infini_write_scratch(pass) + infini_gate_backward_scratch(pass)) {
+          scratch(infini_tables_bytes(pass) + infini_write_scratch(pass) + infini_read_backward_scratch(pass)) {
         if (layer.N > 0) CUDA_CHECK(cudaMemcpy(place, layer.place.data(), layer.place.size() * sizeof(gpu::TokenPlace), cudaMemcpyHostToDevice));
         rest = {scratch.data, scratch.size};
     }
@@ -245,8 +255,9 @@ struct Device {
     // The pass with the kernels of a version; false: there are none for it.
     bool with(int version, InfiniPass* p) const {
         *p = pass;
-        if (version == 2) p->tensor_cores = false;
-        return version < 3 || pass.tensor_cores;
+        if (version < 3) p->tensor_cores = false;
+        if (version < 4) p->hopper = false;
+        return version < 3 || (version == 3 ? pass.tensor_cores : pass.hopper);
     }
 
     bool write(int version, cudaStream_t stream) const {
@@ -271,24 +282,23 @@ struct Device {
         }
         return true;
     }
-    bool backward(int version, cudaStream_t stream, const float* beta, float* dbeta, const floatX* D, floatX* dA, floatX* dqkv) const {
+    bool backward(int version, cudaStream_t stream, const float* beta, float* dbeta, const floatX* D, const floatX* dA, floatX* dqkv) const {
         InfiniPass p;
         if (!with(version, &p) || (version == 1 && p.delta)) return false;
         if (version > 1) {
-            infini_gate_backward(stream, p, beta, dbeta, D, dA, dn, dden, rest);
-            infini_query_backward(stream, p, dn, dden, dqkv, dmemories);
-            infini_memory_backward(stream, p, dqkv, dmemories, rest);
+            infini_read_backward(stream, p, beta, dbeta, D, dA, dn, dden, dqkv, dmemories, rest);
+            infini_memory_backward(stream, p, beta, dqkv, dmemories, rest);
             return true;
         }
         infini_gate_backward_kernel1<<<(unsigned)ceil_div(p.num_tokens * p.heads, 128), 128, 0, stream>>>(p, beta, D, dA, dn, dden, dbetas);
         LAUNCH_CHECK();
         infini_beta_kernel1<<<p.heads, 256, 0, stream>>>(p, dbetas, dbeta);
         LAUNCH_CHECK();
-        infini_query_backward_kernel1<<<(unsigned)ceil_div(p.num_tokens * p.channels(), 256), 256, 0, stream>>>(p, dn, dden, dqkv);
+        infini_query_backward_kernel1<<<(unsigned)ceil_div(p.num_tokens * p.channels(), 256), 256, 0, stream>>>(p, beta, dn, dden, dqkv);
         LAUNCH_CHECK();
         infini_memory_backward_kernel1<<<p.num_seqs * p.kv_heads, 64, 0, stream>>>(p, dn, dden, dmemories);
         LAUNCH_CHECK();
-        infini_write_backward_kernel1<<<(unsigned)ceil_div(p.num_tokens * p.kv_channels(), 256), 256, 0, stream>>>(p, dmemories, dqkv);
+        infini_write_backward_kernel1<<<(unsigned)ceil_div(p.num_tokens * p.kv_channels(), 256), 256, 0, stream>>>(p, beta, dmemories, dqkv);
         LAUNCH_CHECK();
         return true;
     }
@@ -340,8 +350,9 @@ struct Reference {
     }
 };
 
-// `start` + gradients, and start: random numbers as large as the gradients of each part of a row, so that an error in either shows.
-static void add_start(std::vector<float>& gradient, std::vector<float>& start, int64_t stride, const std::vector<int64_t>& parts) {
+// keep(row, column)·start + gradients, and start: random numbers as large as the gradients of each part of a row, so that an error in either shows.
+static void add_start(std::vector<float>& gradient, std::vector<float>& start, int64_t stride, const std::vector<int64_t>& parts,
+                      const std::function<float(int64_t, int64_t)>& keep) {
     start = random_numbers((int64_t)gradient.size(), 7);
     for (size_t k = 0; k + 1 < parts.size(); k++) {
         double sum = 0, n = 0;
@@ -351,7 +362,7 @@ static void add_start(std::vector<float>& gradient, std::vector<float>& start, i
         for (size_t i = 0; i < gradient.size(); i++)
             if ((int64_t)i % stride >= parts[k] && (int64_t)i % stride < parts[k + 1]) {
                 start[i] = round_to_working_type(rms * start[i]);
-                gradient[i] += start[i];
+                gradient[i] += keep((int64_t)i / stride, (int64_t)i % stride) * start[i];
             }
     }
 }
@@ -410,9 +421,15 @@ static void check(Ladder& ladder, const char* options, int heads, int hs, const 
     cpu::infini_query_backward(r.pass, dn.data(), dden.data(), dqkv_expected.data());
     cpu::infini_memory_backward(r.pass, dn.data(), dden.data(), dqkv_expected.data());
     std::vector<int64_t> parts = {0, C, C + KVhs, stride};
-    add_start(dqkv_expected, dqkv_start, stride, parts);
-    add_start(db, db_start, a.heads, {0, a.heads});
-    std::vector<Output> outputs = {accumulated("dbeta", dbeta, db_start, db), accumulated("dD", dA, da, dd)};
+    std::vector<float> ones(N * C, 1), keep = ones;  // 1−g, where what local attention has left is still to be multiplied by it
+    if (KVhs == C) {
+        std::vector<float> nowhere(N * C), no_dden(N * a.heads), no_db(a.heads);
+        cpu::infini_gate_backward(r.pass, r.beta.data(), no_db.data(), d.data(), keep.data(), nowhere.data(), no_dden.data());
+    }
+    add_start(dqkv_expected, dqkv_start, stride, parts, [&](int64_t n, int64_t c) { return KVhs == C ? keep[n * C + c % C] : 1; });
+    add_start(db, db_start, a.heads, {0, a.heads}, [](int64_t, int64_t) { return 1; });
+    dA.copy_from(da);
+    std::vector<Output> outputs = {accumulated("dbeta", dbeta, db_start, db)};
     const char* names[] = {"dq", "dk", "dv"};
     for (int k = 0; k < 3; k++)
         outputs.push_back({names[k], columns(dqkv_expected, stride, parts[k], parts[k + 1]),
@@ -423,6 +440,13 @@ static void check(Ladder& ladder, const char* options, int heads, int hs, const 
                                CUDA_CHECK(cudaMemset(device.dn, 0xff, device.dn.size * sizeof(floatX)));
                            },
                            TOLERANCE, 1e-6});
+    if (KVhs != C) {
+        DeviceArray<floatX> dD(N * C);
+        ladder.check("dD " + shape, {output("dD", dD, dd)}, [&](int v) {
+            if (v == 2) infini_local_gradient(ladder.stream, device.pass, beta, dA, dD);
+            return v == 2;
+        });
+    }
     ladder.check("backward " + shape, outputs, [&](int v) { return device.backward(v, ladder.stream, beta, dbeta, D, dA, dqkv); });
 }
 
@@ -447,12 +471,14 @@ static void time(Ladder& ladder, const char* update, int B, int T, int S) {
     double row = (double)N * C * sizeof(floatX), product = 2.0 * N * C * hs, memories = (double)B * (T / S) * infini_memory_size(layer.config) * 4;
     ladder.time("write " + shape, {product * (device.pass.delta ? 2 : 1), 2 * row + memories}, [&](int v) { return device.write(v, ladder.stream); });
     ladder.time("retrieve " + shape, {product, 3 * row + memories}, [&](int v) { return device.retrieve(v, ladder.stream, beta, D, A); });
-    ladder.time("backward " + shape, {product * (device.pass.delta ? 9 : 5), 12 * row + 2 * memories},
+    ladder.time("backward " + shape, {product * (device.pass.delta ? 9 : 5), 11 * row + 2 * memories},
                 [&](int v) { return device.backward(v, ladder.stream, beta, dbeta, D, dA, dqkv); });
 }
 
 int main(int argc, char** argv) {
-    Ladder ladder("infini_memory", {"as the equations stand", "all segments at once, tiles in shared memory, float32 arithmetic", "tensor cores (in use)"},
+    Ladder ladder("infini_memory",
+                  {"as the equations stand", "all segments at once, tiles in shared memory, float32 arithmetic", "tensor cores (in use)",
+                   "Hopper: bulk copies, the gate and the queries in one pass (in use)"},
                   argc, argv);
     const std::vector<int> ragged = {3, 0, 1, 17, 7, 8, 40}, longer = {130, 0, 64, 257, 1};
     check(ladder, "infini:segment=1", 1, 64, {1}, false);

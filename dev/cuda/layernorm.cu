@@ -24,6 +24,10 @@
 //   3. The same by 16-byte accesses (W = 8): fewer instructions. dy and x still come from memory twice: 5/4 of the bytes when it overwrites, 6/4 when it adds.
 //   4. One pass. Each thread owns the same eight columns of all rows of its block: w and the sums for dw and db stay in its registers, and dy and x are read
 //      once (norm_backward_kernel4). Expected: above 75 % of the copy's bandwidth.
+//   5. Version 4 loads nothing while it computes and waits at its barriers, other blocks have to fill that time. Now the next rows are always on their way,
+//      through cp.async into shared memory, 147 KB a multiprocessor where Little's law asks for some 20; groups of a block no longer wait for each other;
+//      and the partial sums (a fifth of what version 4 leaves) are added up in the same launch (norm_backward_kernel5). Expected: 92 % of the copy's bandwidth
+//      for 768 columns. The sums over the columns of dx come with it, which elsewhere cost a pass of their own: they are in registers anyway.
 #define GPT2_NO_MAIN
 #include "../../train_gpt2.cpp"
 
@@ -56,6 +60,7 @@ struct Backward {
     const float *mean, *rstd;
     const floatX* w;
     int64_t N, C;
+    float* dx_sums = nullptr;
 };
 
 // ---- forward -------------------------------------------------------------------------------------------------------------------------------------------
@@ -163,20 +168,119 @@ __global__ void norm_columns_kernel1(Backward b) {
     if (CENTRED) b.db[c] += db;
 }
 
-// False: version 3 is for rows on multiples of 16 bytes.
+// Both in one pass. A thread owns one vector of columns, for all rows of its block: w and the sums for dw, db stay in its registers. blockDim.x threads (whole
+// warps) make a row, blockDim.y such groups make a block; each group takes ROWS rows at a time, so that many reads are under way and one barrier serves them
+// all. The grid is as large as the GPU holds at once; each group writes one partial row. dx may be dy.
+constexpr int NORM_BACKWARD4_THREADS = 512;  // at most: so many vectors a row may have
+constexpr int NORM_BACKWARD4_ROWS = 2;       // more would not fit the registers
+template <bool CENTRED>
+__global__ void __launch_bounds__(NORM_BACKWARD4_THREADS)
+    norm_backward_kernel4(floatX* dx, int64_t dx_stride, bool accumulate, float* partial, const floatX* dy, int64_t dy_stride, const floatX* x,
+                          int64_t x_stride, const float* mean, const float* rstd, const floatX* w, int64_t N, int C) {
+    constexpr int W = Packed<floatX>::size, ROWS = NORM_BACKWARD4_ROWS;
+    __shared__ float2 shared[2][NORM_BACKWARD4_THREADS / 32][ROWS];  // [round % 2][warp][row]: Σ t, Σ t⊙x̂
+    int lane = threadIdx.x % 32, warps = blockDim.x / 32, first_warp = threadIdx.y * warps, c = threadIdx.x * W;
+    bool mine = c < C;
+    int64_t group = (int64_t)blockIdx.x * blockDim.y + threadIdx.y, groups = (int64_t)gridDim.x * blockDim.y;
+    float share = 1.0f / C;
+    Packed<floatX> weight = load_packed_if(mine, w + c);
+    Numbers<W> dw, db;
+
+    // All groups of a block make the same number of rounds, because of the barrier: the condition looks at the block's first group.
+    int round = 0;
+    for (int64_t chunk = group; (chunk - threadIdx.y) * ROWS < N; chunk += groups, round ^= 1) {
+        Packed<floatX> g[ROWS], u[ROWS], d[ROWS];
+        float m[ROWS], r[ROWS];
+#pragma unroll
+        for (int i = 0; i < ROWS; i++) {
+            int64_t n = chunk * ROWS + i;
+            bool there = mine && n < N;
+            g[i] = load_packed_if(there, dy + n * dy_stride + c);
+            u[i] = load_packed_if(there, x + n * x_stride + c);
+            d[i] = load_packed_if(there && accumulate, dx + n * dx_stride + c);
+            m[i] = CENTRED && n < N ? mean[n] : 0;
+            r[i] = n < N ? rstd[n] : 0;
+        }
+
+        // Rows and columns that are not there are zeros and add nothing.
+        float t[ROWS] = {}, tx[ROWS] = {};
+#pragma unroll
+        for (int i = 0; i < ROWS; i++) {
+#pragma unroll
+            for (int k = 0; k < W; k++) {
+                float xhat = (u[i][k] - m[i]) * r[i], tk = g[i][k] * weight[k];
+                t[i] += tk;
+                tx[i] += tk * xhat;
+                dw[k] += g[i][k] * xhat;
+                db[k] += g[i][k];
+            }
+            if (CENTRED) t[i] = warp_sum(t[i]);
+            tx[i] = warp_sum(tx[i]);
+        }
+        if (warps > 1) {
+            // Two buffers in turn: who writes one of them again has passed the barrier of the round between, so all have read it.
+            for (int i = 0; i < ROWS; i++)
+                if (lane == 0) shared[round][first_warp + threadIdx.x / 32][i] = make_float2(t[i], tx[i]);
+            __syncthreads();
+            for (int i = 0; i < ROWS; i++) t[i] = tx[i] = 0;
+            for (int k = 0; k < warps; k++)
+                for (int i = 0; i < ROWS; i++) {
+                    float2 part = shared[round][first_warp + k][i];
+                    t[i] += part.x;
+                    tx[i] += part.y;
+                }
+        }
+
+#pragma unroll
+        for (int i = 0; i < ROWS; i++) {
+            int64_t n = chunk * ROWS + i;
+            if (!mine || n >= N) continue;
+            forget(g[i]), forget(u[i]);
+            float mean_t = CENTRED ? t[i] * share : 0, mean_tx = tx[i] * share;
+            Packed<floatX> out;
+#pragma unroll
+            for (int k = 0; k < W; k++) {
+                float xhat = (u[i][k] - m[i]) * r[i];
+                out.set(k, d[i][k] + r[i] * (g[i][k] * weight[k] - mean_t - xhat * mean_tx));
+            }
+            store_packed(dx + n * dx_stride + c, out);
+        }
+    }
+    if (!mine) return;
+    float* sums = partial + group * norm_sums<CENTRED> * C + c;
+    store_numbers<W>(sums, dw);
+    if constexpr (CENTRED) store_numbers<W>(sums + C, db);
+}
+
+template <bool CENTRED>
+static void backward4(cudaStream_t stream, const Backward& b) {
+    int threads = (int)round_up(b.C / W, 32), groups = std::max(1, 256 / threads);
+    int64_t blocks = std::min<int64_t>({ceil_div(b.N, NORM_BACKWARD4_ROWS * groups), resident_blocks(norm_backward_kernel4<CENTRED>, threads * groups, 0),
+                                        norm_partial_rows<CENTRED>(b.C) / groups});
+    norm_backward_kernel4<CENTRED><<<(unsigned)blocks, dim3(threads, groups), 0, stream>>>(b.dx, b.dx_stride, b.accumulate, (float*)workspace(), b.dy,
+                                                                                           b.dy_stride, b.x, b.x_stride, b.mean, b.rstd, b.w, b.N, (int)b.C);
+    LAUNCH_CHECK();
+    norm_sum<CENTRED>(stream, b.dw, b.db, blocks * groups, b.C);
+}
+
+// False: versions 3 and 4 are for rows on multiples of 16 bytes, version 4 for those a block can have.
 template <bool CENTRED>
 static bool backward(int version, cudaStream_t stream, const Backward& b) {
+    bool aligned = b.C % W == 0 && b.dx_stride % W == 0 && b.dy_stride % W == 0 && b.x_stride % W == 0;
     if (version == 1) {
         norm_columns_kernel1<CENTRED><<<(unsigned)ceil_div(b.C, 128), 128, 0, stream>>>(b);  // first, since dx may overwrite dy
         LAUNCH_CHECK();
         norm_backward_kernel1<CENTRED><<<(unsigned)ceil_div(b.N, 128), 128, 0, stream>>>(b);
         LAUNCH_CHECK();
     } else if (version == 2 || version == 3) {
-        if (version == 3 && (b.C % W || b.dx_stride % W || b.dy_stride % W || b.x_stride % W)) return false;
+        if (version == 3 && !aligned) return false;
         (version == 2 ? norm_backward3<CENTRED, 1> : norm_backward3<CENTRED, W>)(stream, b.dx, b.dx_stride, b.accumulate, b.dw, b.db, b.dy, b.dy_stride, b.x,
                                                                                  b.x_stride, b.mean, b.rstd, b.w, b.N, b.C);
+    } else if (version == 4) {
+        if (!aligned || b.C > NORM_BACKWARD4_THREADS * W) return false;
+        backward4<CENTRED>(stream, b);
     } else if (CENTRED) {
-        layernorm_backward(stream, b.dx, b.accumulate, b.dw, b.db, b.dy, b.x, b.mean, b.rstd, b.w, b.N, b.C);
+        layernorm_backward(stream, b.dx, b.accumulate, b.dw, b.db, b.dy, b.x, b.mean, b.rstd, b.w, b.N, b.C, b.dx_sums);
     } else {
         rmsnorm_backward(stream, b.dx, b.dx_stride, b.dw, b.dy, b.dy_stride, b.x, b.x_stride, b.rstd, b.w, b.N, b.C);
     }
@@ -263,6 +367,16 @@ static void check_backward(Ladder& ladder, const Shape& s) {
         return backward<CENTRED>(version, ladder.stream,
                                  {d_dx, s.y_stride(), s.to == ADD, d_dw, d_db, from, s.y_stride(), d_x, s.x_stride(), d_mean, d_rstd, d_w, N, C});
     });
+    if (!CENTRED) return;
+    std::vector<float> sums = random_numbers(C, 7), sums_reference = sums;
+    cpu::bias_backward(sums_reference.data(), dx_reference.data(), N, C);
+    DeviceArray<float> d_sums(C);
+    outputs.push_back(accumulated("dx sums", d_sums, sums, sums_reference, TOLERANCE, C < 4 ? 1e-3 : 1e-6));
+    ladder.check(s.name() + " with sums", outputs, [&](int version) {
+        CUDA_CHECK(cudaMemsetAsync(workspace(), 0xff, WORKSPACE_BYTES, ladder.stream));
+        return version == 5 &&
+               backward<CENTRED>(version, ladder.stream, {d_dx, C, s.to == ADD, d_dw, d_db, d_dy, C, d_x, C, d_mean, d_rstd, d_w, N, C, d_sums});
+    });
 }
 
 // For timing: a million random numbers again and again.
@@ -289,11 +403,13 @@ static void time_backward(Ladder& ladder, const Shape& s) {
     int64_t N = s.N, C = s.C;
     DeviceArray<floatX> x(repeated_numbers(N * s.x_stride(), 1)), dy(repeated_numbers(N * s.y_stride(), 2)), dx(repeated_numbers(N * s.y_stride(), 3));
     DeviceArray<floatX> w(random_numbers(C, 4)), y(N * s.y_stride()), b(random_numbers(C, 5));
-    DeviceArray<float> mean(N), rstd(N), dw(random_numbers(C, 6)), db(random_numbers(C, 7));
+    DeviceArray<float> mean(N), rstd(N), dw(random_numbers(C, 6)), db(random_numbers(C, 7)), sums(random_numbers(C, 8));
     forward<CENTRED>(4, ladder.stream, {y, s.y_stride(), mean, rstd, x, s.x_stride(), w, b, N, C});
     double numbers = (double)N * C;
     ladder.time(s.name(), {16 * numbers, (s.to == ADD ? 4 : 3) * numbers * sizeof(floatX)}, [&](int version) {
-        return backward<CENTRED>(version, ladder.stream, {dx, s.y_stride(), s.to == ADD, dw, db, dy, s.y_stride(), x, s.x_stride(), mean, rstd, w, N, C});
+        Backward b = {dx, s.y_stride(), s.to == ADD, dw, db, dy, s.y_stride(), x, s.x_stride(), mean, rstd, w, N, C};
+        if (CENTRED) b.dx_sums = sums;  // version 5 alone
+        return backward<CENTRED>(version, ladder.stream, b);
     });
 }
 
@@ -301,7 +417,7 @@ int main(int argc, char** argv) {
     const std::vector<const char*> forward_versions = {"a thread a row", "a block a row, shared memory", "a warp a row",
                                                        "16-byte accesses, the row in registers"};
     const std::vector<const char*> backward_versions = {"a thread a row; a thread a column", "a warp a row; columns in two stages", "16-byte accesses",
-                                                        "one pass"};
+                                                        "one pass", "rows on their way through shared memory; one launch; columns of dx (in use)"};
     int failed = 0;
     {
         // Beyond 2048 channels rows do not fit the registers (forward), beyond 4096 a block (backward).

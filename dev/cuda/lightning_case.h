@@ -63,6 +63,7 @@ struct LightningCase {
     DeviceArray<const float*> from, starts;
     DeviceArray<float*> to;
     DeviceArray<char> scratch_memory;
+    DeviceArray<floatX> states;  // that forward leaves
 
     // Unless `timing`, with the reference results.
     explicit LightningCase(const LightningShape& s, bool timing = false)
@@ -82,7 +83,8 @@ struct LightningCase {
           from(s.memory ? S : 0),
           starts(s.memory ? S : 0),
           to(s.memory ? S : 0),
-          scratch_memory(lightning_recurrence_scratch(config, N)) {
+          scratch_memory(lightning_recurrence_scratch(config, N)),
+          states(lightning_states(config, N)) {
         if (timing) {  // a million random numbers again and again
             repeat(d_u, random_numbers(1 << 20, 1));
             repeat(d_d_o, random_numbers(1 << 20, 2));
@@ -110,24 +112,36 @@ struct LightningCase {
     Lightning pass() const { return make_lightning(config, S, N, shape.longest(), d_cu); }
 
     // As the layer does it: what sequences start from is copied before anybody leaves anything.
-    void forward(cudaStream_t stream, floatX* o_out, const LightningMethod& method) const {
+    void forward(cudaStream_t stream, floatX* o_out, const LightningMethod& method, bool leave_states = false) const {
         Lightning g = pass();
         if (shape.memory) {
             lightning_starts(stream, starts, copies, from, S, size, true);
             g.memory_from = starts;
             g.memory_to = to;
         }
-        lightning_recurrence_forward(stream, g, d_u, o_out, scratch(), method);
+        lightning_recurrence_forward(stream, g, d_u, o_out, scratch(), method, leave_states ? states.data : nullptr);
     }
-    void backward(cudaStream_t stream, floatX* du_out, const LightningMethod& method) const {
+    // The states alone, for backward; memories stay as they are.
+    void leave_states(cudaStream_t stream, floatX* o_out, const LightningMethod& method) const {
         Lightning g = pass();
         if (shape.memory) {
             lightning_starts(stream, starts, copies, from, S, size, true);
             g.memory_from = starts;
         }
-        lightning_recurrence_backward(stream, g, d_u, d_d_o, du_out, scratch(), method);
+        lightning_recurrence_forward(stream, g, d_u, o_out, scratch(), method, states);
     }
-    void poison_scratch() const { CUDA_CHECK(cudaMemset(scratch_memory.data, 0xff, scratch_memory.size)); }
+    void backward(cudaStream_t stream, floatX* du_out, const LightningMethod& method, bool take_states = false) const {
+        Lightning g = pass();
+        if (shape.memory) {
+            lightning_starts(stream, starts, copies, from, S, size, true);
+            g.memory_from = starts;
+        }
+        lightning_recurrence_backward(stream, g, d_u, d_d_o, du_out, scratch(), method, take_states ? states.data : nullptr);
+    }
+    void poison_scratch() const {
+        CUDA_CHECK(cudaMemset(scratch_memory.data, 0xff, scratch_memory.size));
+        CUDA_CHECK(cudaMemset(states.data, 0xff, states.size * sizeof(floatX)));
+    }
 
     // Does a sweep take this kernel?
     bool takes(int kernel) const {

@@ -19,14 +19,21 @@
 //   3. Tensor cores (bf16). S stays in registers as accumulators of the matrix instructions, a chunk is on its way while the one before is worked on, and each
 //      row is read once. Expected: half to two thirds of the limit at B64 T1024, where 768 blocks fill the GPU; but with B1 only 12 multiprocessors have work.
 //   4. Spans (the parallel scheme), where sequences and heads do not fill the GPU: k and v are read twice, 6/4 of the bytes, by all multiprocessors.
-//      Expected: the same as version 3 at B64 and with hs 128, and about twice the limit at the other shapes.
+//      Expected: the same as version 3 at B64 and with hs 128, and about twice the limit at the other shapes. (What a span adds to the state is a sum with
+//      weights λ^distance; the first pass reads only the chunks whose weights are 2^−40 or more, with MiniMax's slopes two thirds of all.)
+//   5. Hopper's wgmma, whose operands stand in shared memory: no ldmatrix, and a third of the instructions. Tiles come by bulk copies a chunk ahead. Expected:
+//      5 % at hs 64, where memory is busy already (version 3: 78 % of its cycles), but a fifth at hs 128, where version 3 has 8 warps a multiprocessor, which
+//      issue in 38 % of the cycles.
+//   6. Leaves S before each chunk as bf16, what backward's one sweep needs: hs/64·2 bytes more a token and channel, 10/8 at hs 64, 12/8 at hs 128. A loss here,
+//      for a gain there.
 //
-// Kernels 1 and 2 serve what 3 does not take. The last version is the function that the layer calls; it chooses.
+// Kernels 1 to 3 serve what 5 does not take (and other GPUs). The last version is the function that the layer calls; it chooses.
 #include "lightning_case.h"
 
 static LightningMethod method(int version, const AttentionConfig& a) {
-    return {std::min(version, 3), version == 4 ? (LightningScheme)a["scheme"] : SCHEME_SEQUENTIAL, true};
+    return {std::min(version, 3), version >= 4 ? (LightningScheme)a["scheme"] : SCHEME_SEQUENTIAL, true, version >= 5};
 }
+static bool possible(int version, const LightningCase& c) { return version <= 3 ? c.takes(version) : version != 5 || lightning_hopper(c.shape.hs); }
 
 static void check(Ladder& ladder, const LightningShape& shape) {
     LightningCase c(shape);
@@ -34,9 +41,9 @@ static void check(Ladder& ladder, const LightningShape& shape) {
     std::vector<Output> outputs = {output("o", o, c.o)};
     if (shape.memory) outputs.push_back(accumulated("memory", c.memories, c.before, c.after));
     ladder.check(shape.name(), outputs, [&](int version) {
-        if (version < 4 && !c.takes(version)) return false;
+        if (!possible(version, c)) return false;
         c.poison_scratch();
-        c.forward(ladder.stream, o, method(version, c.config));
+        c.forward(ladder.stream, o, method(version, c.config), version == 6);
         return true;
     });
 }
@@ -63,7 +70,7 @@ static void check_extend(Ladder& ladder, LightningShape shape) {
     DeviceArray<AttentionState> d_states(states);
     DeviceArray<floatX> d_o(c.N * c.C);
     ladder.check("extend " + shape.name(), {output("o", d_o, o), accumulated("states", c.memories, c.before, after)}, [&](int version) {
-        if (version != 4) return false;
+        if (version < 4) return false;
         c.poison_scratch();
         Lightning pass = c.pass();
         pass.states = d_states;
@@ -76,16 +83,22 @@ static void time(Ladder& ladder, const LightningShape& shape) {
     LightningCase c(shape, true);
     DeviceArray<floatX> o(c.N * c.C);
     ladder.time(shape.name(), {shape.flops(2, 2), 4.0 * c.N * c.C * sizeof(floatX)}, [&](int version) {
-        if ((version < 4 && !c.takes(version)) || (version == 1 && shape.longest() > 32768)) return false;  // token by token: more than 100 ms
-        c.forward(ladder.stream, o, method(version, c.config));
+        if (!possible(version, c) || (version == 1 && shape.longest() > 32768)) return false;  // token by token: more than 100 ms
+        c.forward(ladder.stream, o, method(version, c.config), version == 6);
         return true;
     });
 }
 
 int main(int argc, char** argv) {
     Ladder ladder("lightning_forward",
-                  {"token by token, a thread a column of S", "chunks, float32 arithmetic", "tensor cores, S in registers", "spans where sequences are few"},
+                  {"token by token, a thread a column of S", "chunks, float32 arithmetic", "tensor cores, S in registers", "spans where sequences are few",
+                   "wgmma, bulk copies", "states left for backward"},
                   argc, argv);
+    if (getenv("LADDER_SMALL")) {  // for compute-sanitizer's racecheck
+        check(ladder, {"", 1, 64, {200, 70}, true});
+        check(ladder, {"", 1, 128, {130, 64}, true});
+        return ladder.finish();
+    }
     const std::vector<int> ragged = {65, 0, 1, 129, 64, 63, 200, 0};
     for (const char* decay : {"", ":decay=fla", ":decay=none"})
         for (int hs : {64, 80, 96, 128, 20, 32}) check(ladder, {decay, 3, hs, ragged, true});

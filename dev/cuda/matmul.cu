@@ -18,19 +18,25 @@
 //   5  wgmma (sm_90a): four warps multiply 64 x 16 by 16 x 256 with both operands read straight from shared memory, in the same permutation, and go on
 //      without waiting. Nothing but sums is left in registers. Expected: 550 TFLOP/s; what is missing is the copy engine (TMA) that spares all threads the
 //      addresses
-//   6  cuBLASLt, its heuristic's first choice, bias in the epilogue (matmul.cuh)
-//   7  cuBLASLt, the fastest of 16 candidates (in use; the trainer keeps its plans with the run)
+//   6  one thread fills the ring, by the copy engine, and two groups of four warps take turns: while one has the matrix units the other adds the bias to its
+//      tile of 128 x 192, rounds it and sends it to memory (gpt2/cuda/matmul_hopper.cuh; a block stays on its multiprocessor from tile to tile). 40 KB for 768
+//      clocks of the matrix units must come from the second-level cache, 53 bytes a clock: too much for all 132. Expected: 550 TFLOP/s
+//   7  two blocks, a cluster, fetch half of B each for both: 36 bytes a clock. Expected: what the power allows, 750 TFLOP/s (in use where its epilogue
+//      beside the products pays)
+//   8  cuBLASLt, its heuristic's first choice, bias in the epilogue (matmul.cuh)
+//   9  cuBLASLt, the fastest of 16 candidates (in use; the trainer keeps its plans with the run)
 //
-// 3 to 5 are for bf16 and want rows of whole 16 bytes: K a multiple of 8. The checks of 6 and 7 also go through everything else that matmul.cuh does.
+// 3 to 7 are for bf16 and want rows of whole 16 bytes: K a multiple of 8. The checks of 8 and 9 also go through everything else that matmul.cuh does.
 #define GPT2_NO_MAIN
 #include "../../train_gpt2.cpp"
 #include "ladder.h"
 
 #include "../../gpt2/cuda/matmul.cuh"
+#include "../../gpt2/cuda/matmul_hopper.cuh"
 
 using namespace gpu;
 
-constexpr int HEURISTIC = 6, TUNED = 7;
+constexpr int HOPPER = 7, HEURISTIC = 8, TUNED = 9;
 
 // --------------------------------------------------------------------------------------------------------------------------------------------------
 // Version 1
@@ -61,16 +67,6 @@ static unsigned tiles(int64_t M, int64_t N) {
     return (unsigned)(ceil_div(M, BM) * ceil_div(N, BN));
 }
 
-// Four 8 x 8 matrices; lane l gives the address of row l % 8 of matrix l / 8 and gets elements 2·(l % 4), + 1 of row l / 4 of each.
-__device__ inline void load_matrices(uint32_t (&r)[4], uint32_t address) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];" : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address) : "memory");
-}
-// sum (16,8) += a (16,16)·b (16,8). Lane l has rows l / 4 and l / 4 + 8, columns 2·(l % 4), + 1 of the sums.
-__device__ inline void multiply(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-                 : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
 // Elements (i,j) and (i,j+1), j even.
 __device__ inline void store_pair(floatX* C, const floatX* bias, int64_t M, int64_t N, int64_t i, int64_t j, float x, float y) {
     if (i >= M || j >= N) return;
@@ -115,7 +111,7 @@ __global__ void __launch_bounds__(256) matmul_kernel3(floatX* C, const floatX* A
 #pragma unroll
             for (int m = 0; m < 4; m++)
 #pragma unroll
-                for (int n = 0; n < 4; n++) multiply(sum[m][n], a[m], b[n / 2][n % 2 * 2], b[n / 2][n % 2 * 2 + 1]);
+                for (int n = 0; n < 4; n++) mma(sum[m][n], a[m], b[n / 2][n % 2 * 2], b[n / 2][n % 2 * 2 + 1]);
         }
         __syncthreads();
     }
@@ -136,16 +132,6 @@ __global__ void __launch_bounds__(256) matmul_kernel3(floatX* C, const floatX* A
 
 constexpr int BM = 128, BN = 256, BK = 64, STAGE_BYTES = (BM + BN) * BK * 2;
 
-// 16 bytes from global to shared memory; zeros if they are not inside the matrix.
-__device__ inline void copy_async(uint32_t to, const void* from, bool inside) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(inside ? 16 : 0) : "memory");
-}
-__device__ inline void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-template <int PENDING>
-__device__ inline void wait_copies() {  // until no more than the last PENDING groups are under way
-    asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
-}
-
 // ROWS x 64 from row `row` and column `p0` of x (rows,K); 256 threads: eight neighbours copy the 128 bytes of a row.
 template <int ROWS>
 __device__ inline void copy_tile(uint32_t to, const floatX* x, int64_t row, int64_t rows, int64_t p0, int64_t K) {
@@ -154,7 +140,7 @@ __device__ inline void copy_tile(uint32_t to, const floatX* x, int64_t row, int6
 #pragma unroll
     for (int r = threadIdx.x / 8, i = 0; i < ROWS / 32; r += 32, i++) {
         bool inside = row + r < rows && p < K;
-        copy_async(to + r * 128 + (piece ^ (r % 8)) * 16, inside ? x + (row + r) * K + p : x, inside);
+        copy_async16(to + r * 128 + (piece ^ (r % 8)) * 16, inside ? x + (row + r) * K + p : x, inside);
     }
 }
 __device__ inline uint32_t swizzled(int row, int piece) { return row * 128 + (piece ^ (row % 8)) * 16; }
@@ -173,14 +159,14 @@ __global__ void __launch_bounds__(256, 1) matmul_kernel4(floatX* C, const floatX
             copy_tile<BM>(stage, A, i0, M, step * BK, K);
             copy_tile<BN>(stage + BM * BK * 2, B, j0, N, step * BK, K);
         }
-        commit_copies();  // also an empty group, so that their number is known
+        copy_async_commit();  // also an empty group, so that their number is known
     };
 
     float sum[4][8][4] = {};
     for (int64_t step = 0; step < STAGES4 - 1; step++) copy_step(step);
     for (int64_t step = 0; step < steps; step++) {
-        wait_copies<STAGES4 - 2>();  // this thread's copies of this step have arrived;
-        __syncthreads();             // all threads' have, and all have done with the step before, whose stage is free now
+        copy_async_wait<STAGES4 - 2>();  // this thread's copies of this step have arrived;
+        __syncthreads();                 // all threads' have, and all have done with the step before, whose stage is free now
         copy_step(step + STAGES4 - 1);
         uint32_t a_shared = shared + step % STAGES4 * STAGE_BYTES, b_shared = a_shared + BM * BK * 2;
 #pragma unroll
@@ -191,7 +177,7 @@ __global__ void __launch_bounds__(256, 1) matmul_kernel4(floatX* C, const floatX
 #pragma unroll
             for (int m = 0; m < 4; m++)
 #pragma unroll
-                for (int n = 0; n < 8; n++) multiply(sum[m][n], a[m], b[n / 2][n % 2 * 2], b[n / 2][n % 2 * 2 + 1]);
+                for (int n = 0; n < 8; n++) mma(sum[m][n], a[m], b[n / 2][n % 2 * 2], b[n / 2][n % 2 * 2 + 1]);
         }
     }
 #pragma unroll
@@ -209,34 +195,6 @@ __global__ void __launch_bounds__(256, 1) matmul_kernel4(floatX* C, const floatX
 
 constexpr int STAGES5 = 4;
 
-// Where an operand stands in shared memory: address, 1024 bytes from eight rows to the next eight, 128-byte swizzle (all in units of 16 bytes).
-// 16 steps of K further is 32 bytes further: the hardware permutes the sum of both.
-__device__ inline uint64_t operand(uint32_t address) { return (uint64_t)(address >> 4) | (uint64_t)1 << 16 | (uint64_t)(1024 >> 4) << 32 | (uint64_t)1 << 62; }
-
-// sum (64,256) += a (64,16)·b (256,16)ᵀ. Warp w has rows 16·w.. of the sums, lane l of these rows l / 4 (sum[4·n], + 1) and l / 4 + 8 (sum[4·n + 2], + 3),
-// columns 8·n + 2·(l % 4), + 1.
-#define SUMS(i) "+f"(sum[i]), "+f"(sum[i + 1]), "+f"(sum[i + 2]), "+f"(sum[i + 3]), "+f"(sum[i + 4]), "+f"(sum[i + 5]), "+f"(sum[i + 6]), "+f"(sum[i + 7])
-#define SUMS32(i) SUMS(i), SUMS(i + 8), SUMS(i + 16), SUMS(i + 24)
-__device__ inline void multiply_warpgroup(float (&sum)[128], uint64_t a, uint64_t b) {
-#ifdef __CUDA_ARCH_FEAT_SM90_ALL
-    // clang-format off
-    asm volatile(
-        "wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16 "
-        "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-        " %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
-        " %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
-        " %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, "
-        " %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, "
-        " %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, "
-        " %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, "
-        " %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127}, "
-        "%128, %129, 1, 1, 1, 0, 0;"
-        : SUMS32(0), SUMS32(32), SUMS32(64), SUMS32(96)
-        : "l"(a), "l"(b));
-    // clang-format on
-#endif
-}
-
 __global__ void __launch_bounds__(256, 1) matmul_kernel5(floatX* C, const floatX* A, const floatX* B, const floatX* bias, int64_t M, int64_t N, int64_t K) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
     extern __shared__ uint4 shared_memory[];
@@ -250,27 +208,26 @@ __global__ void __launch_bounds__(256, 1) matmul_kernel5(floatX* C, const floatX
             copy_tile<BM>(stage, A, i0, M, step * BK, K);
             copy_tile<BN>(stage + BM * BK * 2, B, j0, N, step * BK, K);
         }
-        commit_copies();
+        copy_async_commit();
     };
 
     float sum[128] = {};
     for (int64_t step = 0; step < STAGES5 - 2; step++) copy_step(step);
     for (int64_t step = 0; step < steps; step++) {
-        wait_copies<STAGES5 - 3>();
-        asm volatile("fence.proxy.async.shared::cta;" ::: "memory");  // what this thread has copied can be seen by wgmma,
-        __syncthreads();                                              // and what the others have; and all have done with the products of step − 2
+        copy_async_wait<STAGES5 - 3>();
+        async_fence();    // what this thread has copied can be seen by wgmma,
+        __syncthreads();  // and what the others have; and all have done with the products of step − 2
         uint32_t stage = shared + step % STAGES5 * STAGE_BYTES;
-        uint64_t a = operand(stage + group * 64 * 128), b = operand(stage + BM * BK * 2);
-        asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+        uint64_t a = panel_operand(stage + group * 64 * 128), b = panel_operand(stage + BM * BK * 2);
+        products_begin();
 #pragma unroll
-        for (int p = 0; p < BK / 16; p++) multiply_warpgroup(sum, a + p * 2, b + p * 2);
-        asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+        for (int p = 0; p < BK / 16; p++) product(sum, a + p * 2, b + p * 2, true);
+        products_commit();
         copy_step(step + STAGES5 - 2);  // into the stage of step − 2
-        asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
+        products_wait<1>();
     }
-    asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
-#pragma unroll
-    for (int n = 0; n < 128; n++) asm volatile("" : "+f"(sum[n])::"memory");  // nobody looks at the sums before this
+    products_wait<0>();
+    products_done(sum);
 #pragma unroll
     for (int n = 0; n < 32; n++)
 #pragma unroll
@@ -300,7 +257,7 @@ static bool run(int version, cudaStream_t stream, floatX* C, const floatX* A, co
         matmul_own(stream, call);
     }
 #ifdef GPU_FLOAT32
-    if (version >= 3 && version <= 5) return false;
+    if (version >= 3 && version <= HOPPER) return false;
 #else
     if (version >= 3 && version <= 5 && K % 8 != 0) return false;
     if (version == 3) matmul_kernel3<<<tiles<128, 128>(M, N), 256, 0, stream>>>(C, A, B, bias, M, N, K);
@@ -313,13 +270,18 @@ static bool run(int version, cudaStream_t stream, floatX* C, const floatX* A, co
         allow_shared_memory(matmul_kernel5, STAGES5 * STAGE_BYTES + 1024);
         matmul_kernel5<<<tiles<BM, BN>(M, N), 256, STAGES5 * STAGE_BYTES + 1024, stream>>>(C, A, B, bias, M, N, K);
     }
+    if (version == 6 || version == HOPPER) {
+        HopperMatmul m = {M, N, K, A, K, B, K, C, N, bias};
+        if (!hopper_matmul_takes(m)) return false;
+        version == HOPPER ? hopper_matmul(stream, m) : launch_hopper_matmul<1>(stream, m);
+    }
 #endif
     if (version >= HEURISTIC) linear_forward(stream, C, A, B, bias, M, K, N);
     LAUNCH_CHECK();
     return true;
 }
 
-// From here on `library` is 6 or 7: plans are made once a process, so that one of them is measured after the other, and the other versions with 6.
+// From here on `library` is 8 or 9: plans are made once a process, so that one of them is measured after the other, and the other versions with 8.
 static bool in_turn(int version, int library) { return version == library || (version < HEURISTIC && library == HEURISTIC); }
 static void forget_plans(int library) {
     load_matmul_plans(matmul_plans_header() + "\n");
@@ -443,6 +405,29 @@ static void check_products(Ladder& ladder, int library) {
         }
 }
 
+#ifndef GPU_FLOAT32
+// Versions 6 and 7 where rows stand `pad` numbers apart, which must not be touched, and K is no multiple of 8.
+static void check_hopper(Ladder& ladder, int64_t M, int64_t N, int64_t K, int64_t pad) {
+    int64_t lda = round_up(K, 8) + pad, ldb = lda, ldc = N + pad;
+    std::vector<float> A = random_numbers(M * lda, 1), B = random_numbers(N * ldb, 2, 1 / std::sqrt((double)K)), C = random_numbers(M * ldc, 3), before = C;
+    cpu::matmul(cpu::NO, cpu::YES, M, N, K, 1, A.data(), lda, B.data(), ldb, 0, C.data(), ldc);
+    for (int64_t i = 0; i < M; i++) std::fill_n(&before[i * ldc], N, NAN);
+    DeviceArray<floatX> a(A), b(B), c(M * ldc);
+    HopperMatmul m = {M, N, K, a, lda, b, ldb, c, ldc};
+    ladder.check(format("M=%ld N=%ld K=%ld + %ld", (long)M, (long)N, (long)K, (long)pad), {accumulated("C", c, before, C)}, [&](int version) {
+        if ((version != 6 && version != HOPPER) || !hopper_matmul_takes(m)) return false;
+        version == HOPPER ? hopper_matmul(ladder.stream, m) : launch_hopper_matmul<1>(ladder.stream, m);
+        return true;
+    });
+}
+static void check_hopper(Ladder& ladder) {
+    for (auto [M, N, K, pad] : {std::array<int64_t, 4>{1, 8, 1, 0}, {129, 200, 40, 8}, {1000, 776, 264, 0}, {300, 72, 137, 16}, {4500, 3072, 64, 0}})
+        check_hopper(ladder, M, N, K, pad);
+}
+#else
+static void check_hopper(Ladder&) {}
+#endif
+
 // The linear layer's functions against cpu::linear_forward, cpu::linear_backward and GELU.
 static void check_linear(Ladder& ladder, int library, int64_t N, int64_t C, int64_t OC) {
     std::string shape = format("N=%ld C=%ld OC=%ld ", (long)N, (long)C, (long)OC);
@@ -532,12 +517,13 @@ static void check_plans(Ladder& ladder, int library) {
     std::istringstream lines(matmul_plans());
     std::map<std::string, int> count;
     for (std::string line; std::getline(lines, line);)
-        for (std::string how : {" cublaslt", " separate", " own"})
+        for (std::string how : {" cublaslt", " separate", " own", " hopper"})
             if (line.find(how) != std::string::npos) {
                 count[how]++;
                 if (how != " cublaslt") printf("check plan %s\n", line.c_str());
             }
-    printf("check plans of version %d: %d cublaslt, %d separate, %d own\n", library, count[" cublaslt"], count[" separate"], count[" own"]);
+    printf("check plans of version %d: %d cublaslt, %d separate, %d own, %d hopper\n", library, count[" cublaslt"], count[" separate"], count[" own"],
+           count[" hopper"]);
 }
 
 // --------------------------------------------------------------------------------------------------------------------------------------------------
@@ -588,9 +574,10 @@ static void time_shapes(Ladder& ladder, int library) {
 int main(int argc, char** argv) {
     Ladder ladder("matmul",
                   {"a thread an element", "128x128 tiles in shared memory", "tensor cores: mma.sync, ldmatrix", "cp.async, three stages, swizzle", "wgmma",
-                   "cuBLASLt", "cuBLASLt, tuned (in use)"},
+                   "copy engine, groups in turns", "clusters (in use)", "cuBLASLt", "cuBLASLt, tuned (in use)"},
                   argc, argv);
     bool timing = argc < 2 || strcmp(argv[argc - 1], "--check") != 0;
+    check_hopper(ladder);
     for (int library : {HEURISTIC, TUNED}) {
         forget_plans(library);
         check_linear_forward(ladder, library);

@@ -26,6 +26,7 @@
 #include <climits>
 
 #include "softmax.cuh"
+#include "tensor_cores.cuh"
 
 namespace gpu {
 
@@ -313,43 +314,11 @@ inline int64_t shared_bytes3(int d_qk, int d_v, bool latent) {
 
 #ifndef GPU_FLOAT32
 
-// One warp's C (16,8) += A (16,16)·B (16,8). Lane i holds, with row = i/4 and pair = i%4,
-//     A: a[0] = A(row, 2·pair ...), a[1] = A(row+8, 2·pair ...), a[2] = A(row, 2·pair+8 ...), a[3] = A(row+8, 2·pair+8 ...)
-//     B: b0 = B(2·pair ..., row), b1 = B(2·pair+8 ..., row)      C: c[0], c[1] = C(row, 2·pair ...), c[2], c[3] = C(row+8, 2·pair ...)
-__device__ inline void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-// Four 8×8 matrices from shared memory: lane i gives the address of row i%8 of matrix i/8. It gets the numbers (row, 2·pair ...) of each, or transposed
-// (2·pair ..., row).
-__device__ inline void load_matrices(uint32_t (&x)[4], const floatX* p) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
-                 : "r"((uint32_t)__cvta_generic_to_shared(p))
-                 : "memory");
-}
-__device__ inline void load_matrices_transposed(uint32_t (&x)[4], const floatX* p) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
-                 : "r"((uint32_t)__cvta_generic_to_shared(p))
-                 : "memory");
-}
-// 16 bytes from global to shared memory without a register, or 16 zeros.
-__device__ inline void copy_async(floatX* to, const floatX* from, bool valid) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"((uint32_t)__cvta_generic_to_shared(to)), "l"(from), "r"(valid ? 16 : 0) : "memory");
-}
-__device__ inline void copy_async_wait() { asm volatile("cp.async.wait_all;" ::: "memory"); }
-__device__ inline uint32_t two_bf16(float low, float high) {
-    __nv_bfloat162 x = __floats2bfloat162_rn(low, high);
-    return *(uint32_t*)&x;
-}
-
 // Eight lanes copy d numbers (a multiple of 8); zeros if not valid.
 __device__ inline void copy_row(floatX* to, const floatX* from, int d, bool valid) {
     int lane = threadIdx.x % 8 * 8;
     if (on_16_bytes(from)) {
-        for (int c = lane; c < d; c += 64) copy_async(to + c, from + c, valid);
+        for (int c = lane; c < d; c += 64) copy_async16(shared_address(to + c), from + c, valid);
     } else {
 #pragma unroll 1
         for (int c = lane; c < d; c += 64) store_packed(to + c, valid ? load_some(from + c, 8) : zeros());
@@ -399,7 +368,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS3<PIECES>) softmax_decode_kerne
 
     int stage = 0;
     for (int j0 = b.begin; j0 < b.end; j0 += KEYS3, stage ^= 1) {
-        copy_async_wait();
+        copy_async_wait_all();
         __syncthreads();  // this tile is there, and nobody needs the one before or its scores
         if (j0 + KEYS3 < b.end) load_tile(j0 + KEYS3, stage ^ 1);
 
@@ -409,9 +378,9 @@ __global__ void __launch_bounds__(THREADS, BLOCKS3<PIECES>) softmax_decode_kerne
 #pragma unroll 2
         for (int c = 0; c < width; c += 32) {
             uint32_t k[4], x[4], y[4];
-            load_matrices(k, key_at + c);
-            load_matrices(x, q_at + c);
-            load_matrices(y, q_at + c + 16);
+            load_matrices(k, shared_address(key_at + c));
+            load_matrices(x, shared_address(q_at + c));
+            load_matrices(y, shared_address(q_at + c + 16));
             mma(even, x, k[0], k[1]);
             mma(odd, y, k[2], k[3]);
         }
@@ -447,7 +416,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS3<PIECES>) softmax_decode_kerne
                 s[g].x = s[g].x == -INFINITY ? 0 : __expf(s[g].x - now);
                 s[g].y = s[g].y == -INFINITY ? 0 : __expf(s[g].y - now);
                 l[i] += s[g].x + s[g].y;
-                weights[g / 2][g % 2 * 2 + i] = two_bf16(s[g].x, s[g].y);
+                weights[g / 2][g % 2 * 2 + i] = pack_bf16(s[g].x, s[g].y);
             }
         }
 
@@ -465,7 +434,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS3<PIECES>) softmax_decode_kerne
 #pragma unroll
             for (int step = 0; step < KEYS3 / 16; step++) {
                 uint32_t v[4];
-                load_matrices_transposed(v, value_at + step * 16 * v_row + c);
+                load_matrices_transposed(v, shared_address(value_at + step * 16 * v_row + c));
                 mma(o[i][0], weights[step], v[0], v[1]);
                 mma(o[i][1], weights[step], v[2], v[3]);
             }

@@ -5,10 +5,13 @@
 //
 // Shapes: out, dout (N,C), wte (Vp,C), wpe (max_seq,C). How these kernels came about: dev/cuda/encoder.cu.
 //
-// The backward pass scatters, and one token may be a tenth of the batch. Adding with atomics would sum in any order. So the row numbers are sorted by token:
-// then each table row's sum is a *run* of neighbours in the sorted list. Runs have all lengths; work is shared out in *pieces* of 64 entries whatever runs
-// they cut. A run inside one piece is added to the table at once; of a run that pieces cut, each piece leaves its part, and a second kernel adds the parts in
-// order.
+// The backward pass scatters, and one token may be a tenth of the batch. Adding with atomics would sum in any order.
+//
+// Positions count up in each sequence, so the rows of one position are known: one in each sequence that is long enough. A block adds them up.
+//
+// For the tokens the row numbers are sorted by token: then each table row's sum is a *run* of neighbours in the sorted list. Runs have all lengths; a block
+// takes a *piece* of 64 entries whatever runs it cuts, and its warps share out the runs in it. A run inside one piece is added to the table at once; of a run
+// that pieces cut, each piece leaves its part, and a second kernel adds the parts in order.
 //
 //     sorted tokens    1 1 1 4 | 4 4 4 4 | 4 4 7 9 | 9 9 9 9        | between pieces (of 4 entries here)
 //     goes to          table T | H       | H   t T | H              t: the table, T: tail of its piece, H: head of its piece
@@ -57,7 +60,7 @@ inline void encoder_forward(cudaStream_t stream, floatX* out, const int* tokens,
 
 // ---- backward ----------------------------------------------------------------------------------------------------------------------------------------------
 
-constexpr int ENCODER_PIECE = 64;  // entries of the sorted list that one warp adds up
+constexpr int ENCODER_PIECE = 64;  // entries of the sorted list that one block adds up
 
 // Temporary memory of the sort: as for 31-bit keys, which need the most.
 inline int64_t sort_rows_temporary(int64_t N) {
@@ -87,60 +90,59 @@ inline void sort_rows(cudaStream_t stream, int* sorted, int* order, const int* k
     CUDA_CHECK(cub::DeviceRadixSort::SortPairs(temporary, bytes, (const unsigned*)keys, (unsigned*)sorted, rows, order, (int)N, 0, bits, stream));
 }
 
-// A warp takes 32·W channels of one piece. head, tail (pieces,C) are written only where a run is cut.
+// A block takes one piece, a warp 32·W channels of one run in it at a time. head, tail (pieces,C) are written only where a run is cut.
 template <int W>
 __global__ void __launch_bounds__(256)
-    encoder_backward_kernel3(float* __restrict__ dtable, float* __restrict__ head, float* __restrict__ tail, const floatX* __restrict__ dout,
+    encoder_backward_kernel4(float* __restrict__ dtable, float* __restrict__ head, float* __restrict__ tail, const floatX* __restrict__ dout,
                              const int* __restrict__ sorted, const int* __restrict__ order, int N, int C) {
-    constexpr int BATCH = 8;  // rows in flight
-    int chunks = (int)ceil_div(C, 32 * W);
-    int64_t task = ((int64_t)blockIdx.x * blockDim.x + threadIdx.x) / 32, piece = task / chunks;
-    int c = ((int)(task % chunks) * 32 + threadIdx.x % 32) * W;
-    if (piece * ENCODER_PIECE >= N || c >= C) return;
-    int begin = (int)piece * ENCODER_PIECE, end = (int)min((piece + 1) * ENCODER_PIECE, (int64_t)N);
+    constexpr int PIECE = ENCODER_PIECE, BATCH = 8;                            // rows in flight
+    __shared__ int keys[PIECE + 2], rows[PIECE], starts[PIECE + 1], num_runs;  // keys[i + 1] is entry i's
+    int64_t piece = blockIdx.x;
+    int begin = (int)piece * PIECE, count = min(PIECE, N - begin), t = threadIdx.x, lane = t % 32;
+    if (t < PIECE + 2) {
+        int i = begin + t - 1;
+        keys[t] = i >= 0 && i < N ? sorted[i] : -1;
+    } else if (t >= 96 && t - 96 < count) {
+        rows[t - 96] = order[begin + t - 96];
+    }
+    __syncthreads();
+    if (t < 32) {  // lane i looks at entries i and 32 + i
+        unsigned first = __ballot_sync(0xffffffff, lane < count && (lane == 0 || keys[lane] != keys[lane + 1]));
+        unsigned second = __ballot_sync(0xffffffff, lane + 32 < count && keys[lane + 32] != keys[lane + 33]), before = (1u << lane) - 1;
+        if (first >> lane & 1) starts[__popc(first & before)] = lane;
+        if (second >> lane & 1) starts[__popc(first) + __popc(second & before)] = lane + 32;
+        if (lane == 0) {
+            num_runs = __popc(first) + __popc(second);
+            starts[num_runs] = count;
+        }
+    }
+    __syncthreads();
 
-    int run = sorted[begin];
-    bool began_before = begin > 0 && sorted[begin - 1] == run;
-    Numbers<W> sum;
-    for (int i0 = begin; i0 < end; i0 += BATCH) {
-        int key[BATCH];
-        Numbers<W> row[BATCH];
+    int chunks = (int)ceil_div(C, 32 * W);
+    for (int task = t / 32; task < num_runs * chunks; task += 8) {
+        int run = task / chunks, c = (task % chunks * 32 + lane) * W, i0 = starts[run], end = starts[run + 1], key = keys[i0 + 1];
+        if (c >= C) continue;
+        bool began_before = i0 == 0 && keys[0] == key, goes_on = end == count && keys[count + 1] == key;
+        float* to = began_before ? head + piece * C + c : goes_on ? tail + piece * C + c : dtable + (int64_t)key * C + c;
+        Numbers<W> sum;
+        if (!began_before && !goes_on) sum = load_numbers<W>(to);
+        for (; i0 < end; i0 += BATCH) {
+            Numbers<W> row[BATCH];  // zeros behind the end
 #pragma unroll
-        for (int j = 0; j < BATCH; j++) {
-            if (i0 + j >= end) continue;
-            key[j] = sorted[i0 + j];
-            row[j] = load_numbers<W>(dout + (int64_t)order[i0 + j] * C + c);
-        }
+            for (int j = 0; j < BATCH; j++)
+                if (i0 + j < end) row[j] = load_numbers<W>(dout + (int64_t)rows[i0 + j] * C + c);
 #pragma unroll
-        for (int j = 0; j < BATCH; j++) {
-            if (i0 + j >= end) continue;
-            if (key[j] != run) {  // the run ends here
-                float* to = began_before ? head + piece * C + c : dtable + (int64_t)run * C + c;
-                if (!began_before) {
-                    Numbers<W> old = load_numbers<W>(to);
-                    for (int k = 0; k < W; k++) sum[k] += old[k];
-                }
-                store_numbers<W>(to, sum);
-                sum = {};
-                run = key[j];
-                began_before = false;
-            }
-            for (int k = 0; k < W; k++) sum[k] += row[j][k];
+            for (int j = 0; j < BATCH; j++)
+                for (int k = 0; k < W; k++) sum[k] += row[j][k];
         }
+        store_numbers<W>(to, sum);
     }
-    bool goes_on = end < N && sorted[end] == run;
-    float* to = began_before ? head + piece * C + c : goes_on ? tail + piece * C + c : dtable + (int64_t)run * C + c;
-    if (!began_before && !goes_on) {
-        Numbers<W> old = load_numbers<W>(to);
-        for (int k = 0; k < W; k++) sum[k] += old[k];
-    }
-    store_numbers<W>(to, sum);
 }
 
 // Block (piece, 32·W channels): if a run begins in this piece and is cut at its end, its parts are added: this piece's tail and the heads of all pieces that
 // the run reaches. Warp w takes the parts w, w+8, ...
 template <int W>
-__global__ void __launch_bounds__(256) encoder_join_kernel3(float* __restrict__ dtable, const float* __restrict__ head, const float* __restrict__ tail,
+__global__ void __launch_bounds__(256) encoder_join_kernel4(float* __restrict__ dtable, const float* __restrict__ head, const float* __restrict__ tail,
                                                             const int* __restrict__ sorted, int N, int C) {
     constexpr int WARPS = 8;
     __shared__ float parts[WARPS][32 * W];
@@ -149,10 +151,10 @@ __global__ void __launch_bounds__(256) encoder_join_kernel3(float* __restrict__ 
     int end = begin + ENCODER_PIECE, run = sorted[end];
     if (sorted[end - 1] != run || (begin > 0 && sorted[begin - 1] == run)) return;  // not cut; or it began before this piece
 
-    int last = piece + 1, beyond = pieces;  // the last piece that begins with this run
-    while (beyond - last > 1) {
-        int middle = (last + beyond) / 2;
-        (sorted[middle * ENCODER_PIECE] == run ? last : beyond) = middle;
+    int last = piece;  // the last piece that begins with this run; a thread looks at one piece
+    for (int found = 256; found == 256; last += found) {
+        int q = last + 1 + threadIdx.x;
+        found = __syncthreads_count(q < pieces && sorted[q * ENCODER_PIECE] == run);
     }
 
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32, c = (blockIdx.y * 32 + lane) * W;
@@ -174,36 +176,71 @@ __global__ void __launch_bounds__(256) encoder_join_kernel3(float* __restrict__ 
     store_numbers<W>(dtable + (int64_t)run * C + c, total);
 }
 
-// dtable[key_n] += dout_n; keys (N) in [0, bound).
-inline void table_backward(cudaStream_t stream, float* dtable, const floatX* dout, const int* keys, int64_t N, int64_t C, int64_t bound, Scratch scratch) {
-    constexpr int W = Packed<floatX>::size;
-    int64_t pieces = ceil_div(N, ENCODER_PIECE);
-    int *sorted = scratch.take<int>(N), *order = scratch.take<int>(N);
-    float *head = scratch.take<float>(pieces * C), *tail = scratch.take<float>(pieces * C);
-    sort_rows(stream, sorted, order, keys, N, bound, scratch);
-
-    bool vectors = C % W == 0 && aligned16(dtable) && aligned16(dout);
-    int64_t warps = pieces * ceil_div(C, 32 * (vectors ? W : 1));
-    (vectors ? encoder_backward_kernel3<W> : encoder_backward_kernel3<1>)<<<(unsigned)ceil_div(warps, 8), 256, 0, stream>>>(dtable, head, tail, dout, sorted,
-                                                                                                                            order, (int)N, (int)C);
-    LAUNCH_CHECK();
-    dim3 grid((unsigned)pieces, (unsigned)ceil_div(C, 32 * (vectors ? 4 : 1)));
-    (vectors ? encoder_join_kernel3<4> : encoder_join_kernel3<1>)<<<grid, 256, 0, stream>>>(dtable, head, tail, sorted, (int)N, (int)C);
-    LAUNCH_CHECK();
+// dwpe[p] += Σ over the sequences longer than p of row p of dout's. Block (position, 32·W channels): warp w takes the sequences w, w+8, ...
+template <int W>
+__global__ void __launch_bounds__(256)
+    encoder_position_kernel4(float* __restrict__ dwpe, const floatX* __restrict__ dout, const int* __restrict__ cu_seqlens, int num_seqs, int C) {
+    constexpr int WARPS = 8, BATCH = 8;
+    __shared__ float parts[WARPS][32 * W];
+    int position = blockIdx.x, lane = threadIdx.x % 32, warp = threadIdx.x / 32, c = (blockIdx.y * 32 + lane) * W;
+    Numbers<W> sum;
+    if (c < C) {
+        for (int s0 = warp; s0 < num_seqs; s0 += WARPS * BATCH) {
+            int row[BATCH];
+#pragma unroll
+            for (int j = 0; j < BATCH; j++) {
+                int s = s0 + j * WARPS, begin = s < num_seqs ? cu_seqlens[s] : 0, end = s < num_seqs ? cu_seqlens[s + 1] : 0;
+                row[j] = begin + position < end ? begin + position : -1;
+            }
+            Numbers<W> x[BATCH];  // zeros for sequences that are too short
+#pragma unroll
+            for (int j = 0; j < BATCH; j++)
+                if (row[j] >= 0) x[j] = load_numbers<W>(dout + (int64_t)row[j] * C + c);
+#pragma unroll
+            for (int j = 0; j < BATCH; j++)
+                for (int k = 0; k < W; k++) sum[k] += x[j][k];
+        }
+    }
+    for (int k = 0; k < W; k++) parts[warp][k * 32 + lane] = sum[k];
+    __syncthreads();
+    for (int i = threadIdx.x; i < 32 * W; i += 256) {
+        int channel = blockIdx.y * 32 * W + i;
+        if (channel >= C) continue;
+        float total = 0;
+        for (int w = 0; w < WARPS; w++) total += parts[w][i % W * 32 + i / W];
+        dwpe[(int64_t)position * C + channel] += total;
+    }
 }
 
 // Bytes of scratch memory that encoder_backward takes.
-inline int64_t encoder_backward_scratch(int64_t N, int64_t C, int64_t /*V*/) {
+inline int64_t encoder_backward_scratch(int64_t N, int64_t C) {
     int64_t parts = ceil_div(N, ENCODER_PIECE) * C * (int64_t)sizeof(float), list = N * (int64_t)sizeof(int);
     return scratch_bytes({list, list, parts, parts, list, sort_rows_temporary(N)});
 }
 
-// dwte (Vp,C) += rows of dout (N,C) by token, dwpe (max_seq,C; or null) += rows of dout by position. tokens (N) in [0,V), position (N) in [0,max_seq).
-// cpu::encoder_backward.
-inline void encoder_backward(cudaStream_t stream, float* dwte, float* dwpe /*or null*/, const floatX* dout, const int* tokens, const int* position, int64_t N,
-                             int64_t C, int64_t V, int64_t max_seq, Scratch scratch) {
-    table_backward(stream, dwte, dout, tokens, N, C, V, scratch);
-    if (dwpe) table_backward(stream, dwpe, dout, position, N, C, max_seq, scratch);
+// dwte (V,C) += rows of dout (N,C) by token, dwpe (max_seq,C; or null) += rows of dout by position. tokens (N) in [0,V); positions count from 0 in each of
+// the num_seqs sequences, whose longest has max_len tokens: cu_seqlens (num_seqs+1). cpu::encoder_backward.
+inline void encoder_backward(cudaStream_t stream, float* dwte, float* dwpe /*or null*/, const floatX* dout, const int* tokens, const int* cu_seqlens,
+                             int num_seqs, int max_len, int64_t N, int64_t C, int64_t V, Scratch scratch) {
+    constexpr int W = Packed<floatX>::size;
+    if (N == 0) return;
+    int64_t pieces = ceil_div(N, ENCODER_PIECE);
+    bool vectors = C % W == 0 && aligned16(dwte) && aligned16(dout);
+    unsigned chunks = (unsigned)ceil_div(C, 32 * (vectors ? W : 1));
+    if (dwpe && max_len > 0) {
+        dim3 grid((unsigned)max_len, chunks);
+        (vectors ? encoder_position_kernel4<W> : encoder_position_kernel4<1>)<<<grid, 256, 0, stream>>>(dwpe, dout, cu_seqlens, num_seqs, (int)C);
+        LAUNCH_CHECK();
+    }
+    int *sorted = scratch.take<int>(N), *order = scratch.take<int>(N);
+    float *head = scratch.take<float>(pieces * C), *tail = scratch.take<float>(pieces * C);
+    sort_rows(stream, sorted, order, tokens, N, V, scratch);
+    (vectors ? encoder_backward_kernel4<W> : encoder_backward_kernel4<1>)<<<(unsigned)pieces, 256, 0, stream>>>(dwte, head, tail, dout, sorted, order, (int)N,
+                                                                                                                (int)C);
+    LAUNCH_CHECK();
+    dim3 grid((unsigned)pieces, (unsigned)ceil_div(C, 32 * (vectors ? 4 : 1)));
+    (vectors ? encoder_join_kernel4<4> : encoder_join_kernel4<1>)<<<grid, 256, 0, stream>>>(dwte, head, tail, sorted, (int)N, (int)C);
+    LAUNCH_CHECK();
 }
 
 }  // namespace gpu

@@ -82,9 +82,7 @@ __device__ inline void barrier_init(uint32_t barrier, int count) {
 __device__ inline void barrier_init_fence() {
     HOPPER_ONLY(asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); asm volatile("fence.proxy.async.shared::cta;" ::: "memory");)
 }
-__device__ inline void barrier_arrive(uint32_t barrier) {
-    HOPPER_ONLY(asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");)
-}
+__device__ inline void barrier_arrive(uint32_t barrier) { HOPPER_ONLY(asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");) }
 // Arrive, and let the phase wait for so many bytes of bulk copies too.
 __device__ inline void barrier_arrive_expect(uint32_t barrier, int bytes) {
     HOPPER_ONLY(asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");)
@@ -122,15 +120,15 @@ __device__ inline void bulk_load(uint32_t to, const CUtensorMap* map, uint32_t b
                              : "memory");)
 }
 __device__ inline void bulk_load(uint32_t to, const CUtensorMap* map, uint32_t barrier, int c0, int c1, int c2, int c3) {
-    HOPPER_ONLY(asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3,%4,%5,%6}], [%2];" ::"r"(to),
-                             "l"(map), "r"(barrier), "r"(c0), "r"(c1), "r"(c2), "r"(c3)
+    HOPPER_ONLY(asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3,%4,%5,%6}], [%2];" ::"r"(to), "l"(map),
+                             "r"(barrier), "r"(c0), "r"(c1), "r"(c2), "r"(c3)
                              : "memory");)
 }
 // `bytes` contiguous bytes; addresses and size are multiples of 16.
 __device__ inline void bulk_load_bytes(uint32_t to, const void* from, uint32_t barrier, int bytes) {
-    HOPPER_ONLY(asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %3, [%2];" ::"r"(to), "l"(from), "r"(barrier),
-                             "r"(bytes)
-                             : "memory");)
+    HOPPER_ONLY(
+        asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %3, [%2];" ::"r"(to), "l"(from), "r"(barrier), "r"(bytes)
+                     : "memory");)
 }
 // From shared memory (async_fence() and a barrier behind the writes first) to the box. The shared memory may be used again, or the kernel end, after
 // bulk_store_wait().
@@ -159,7 +157,8 @@ __device__ inline void more_registers() {
     HOPPER_ONLY(asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(REGISTERS));)
 }
 
-// ---- products by a warpgroup ----------------------------------------------------------------------------------------------------------------------------------
+// ---- products by a warpgroup
+// ----------------------------------------------------------------------------------------------------------------------------------
 //
 // C (64×N, float32 in registers) = or += A (64×16)·B (16×N). Warp w of the four (w = warp of block % 4: the warpgroup begins at a multiple of 4) has the rows
 // 16·w ... 16·w+15 of C, and lane l of these the rows l/4 and l/4 + 8: c[4·n], c[4·n+1] = C(l/4, 8·n + 2·(l%4) ...), c[4·n+2], c[4·n+3] the same 8 rows below.

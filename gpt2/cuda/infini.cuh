@@ -18,11 +18,15 @@
 //               delta:  dM = dM' − P·dM' + dM_q      dz = dz' + dz_q + Σ_t dden_t·Φ(k_t), dden = Σ_c dU⊙V̂ / den, dU = Φ(k)dM'
 //     write     dv += dU      dΦ(k) = U·dM'ᵀ + 1·dz'ᵀ;  delta: + dn·Mᵀ + dden·zᵀ with dn = −dU/den      dx += dΦ(x)⊙Φ'(x), Φ' = min(1,Φ)
 //
-// Again all segments at once but for the sums dM, dz over hs·(hs+1) numbers, which go from the last segment to the first.
+// Again all segments at once but for the sums dM, dz over hs·(hs+1) numbers, which go from the last segment to the first. Local attention's gradients are
+// linear in dD = (1−g)·dA, and g is one number for a head and segment: so local attention is handed dA itself where each query head has its own kv head, and
+// what comes back is multiplied by keep = 1−g where the memory's part is added to it: dD is never stored. (Where heads share keys, their dk, dv are sums: dD is
+// made first, and keep is 1.)
 //
 //   infini_pass.cuh           which segments there are, states in and out
 //   infini_any_size.cuh       ..._kernel2: any sizes, float32 arithmetic: all there is for float32, and for what the others do not take
 //   infini_tensor_cores.cuh   ..._kernel3: bf16 with head sizes up to 128 that are multiples of 8
+//   infini_hopper.cuh         ..._kernel4: bf16 with head size 64, on GPUs of compute capability 9.0
 //   here                      1. from segment to segment   2. launchers
 //
 // The numbers are those of the ladder, dev/cuda/infini_memory.cu. FLOPs a token: a read 2·hs·C, a write 2·hs·KV·hs, their backward passes twice as much.
@@ -33,6 +37,7 @@
 #include <type_traits>
 
 #include "infini_any_size.cuh"
+#include "infini_hopper.cuh"
 #include "infini_tensor_cores.cuh"
 
 namespace gpu {
@@ -41,14 +46,15 @@ namespace gpu {
 // 1. From segment to segment: float32 whatever the storage type, few numbers, strictly in order
 
 // z, M of every full segment, which hold what that segment adds, become what it leaves: a running sum over each sequence. A thread takes one number of the
-// first `numbers` (hs: z alone) of each kv head's memory.
-__global__ void infini_sum_kernel(InfiniPass p, int64_t numbers) {
+// first `numbers` (hs: z alone) of each kv head's memory. group > 0: they are running sums already within groups of so many segments, where a sequence begins
+// from its beginning.
+__global__ void infini_sum_kernel(InfiniPass p, int64_t numbers, int group) {
     int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x, e = i % numbers, head = i / numbers;
     if (head >= (int64_t)p.num_seqs * p.kv_heads) return;
     int s = (int)(head / p.kv_heads), kv = (int)(head % p.kv_heads);
     const InfiniSequence q = p.sequences[s];
     int end = p.sequences[s + 1].first_memory;
-    float sum = q.written ? q.block[INFINI_MEMORY + kv * p.memory_size() + e] : e < p.hs ? p.z_start : 0;
+    float sum = group > 0 ? 0 : q.written ? q.block[INFINI_MEMORY + kv * p.memory_size() + e] : e < p.hs ? p.z_start : 0, before = sum;
     int64_t step = p.memory_at(1, 0);
     float* at = p.memories + p.memory_at(q.first_memory, kv) + e;
     for (int w = q.first_memory; w < end; w += 4) {  // four loads on their way at a time
@@ -57,7 +63,8 @@ __global__ void infini_sum_kernel(InfiniPass p, int64_t numbers) {
         for (int j = 0; j < 4; j++) own[j] = w + j < end ? at[j * step] : 0;
 #pragma unroll
         for (int j = 0; j < 4; j++) {
-            sum += own[j];
+            if (group == 0 || (q.first_segment + w + j - q.first_memory) % group == 0) before = sum;
+            sum = before + own[j];
             if (w + j < end) at[j * step] = sum;
         }
         at += 4 * step;
@@ -71,21 +78,24 @@ __device__ inline int infini_last_read(const InfiniPass& p, int s) {
     return next.first_memory - (segments > memories ? 1 : 2);
 }
 
-// The same for gradients, from the last segment to the first: dmemories (max_memories, KV, hs + hs·hs) hold what each memory's reader has to say.
-__global__ void infini_sum_backward_kernel(InfiniPass p, float* dmemories, int64_t numbers) {
+// The same for gradients, from the last segment to the first: dmemories (max_memories, KV, hs + hs·hs) hold what each memory's reader has to say, or sums of
+// it over the readers to the end of the sequence or the group.
+__global__ void infini_sum_backward_kernel(InfiniPass p, float* dmemories, int64_t numbers, int group) {
     int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x, e = i % numbers, head = i / numbers;
     if (head >= (int64_t)p.num_seqs * p.kv_heads) return;
     int s = (int)(head / p.kv_heads), kv = (int)(head % p.kv_heads), first = p.sequences[s].first_memory, last = infini_last_read(p, s);
     if (last < first) return;
     int64_t step = p.memory_at(1, 0);
-    float *at = dmemories + p.memory_at(last, kv) + e, sum = 0;
+    float *at = dmemories + p.memory_at(last, kv) + e, sum = 0, after = 0;
+    int reader = p.sequences[s].first_segment + 1 - first;  // of memory w: w + reader
     for (int w = last; w >= first; w -= 4) {
         float own[4];
 #pragma unroll
         for (int j = 0; j < 4; j++) own[j] = w - j >= first ? at[-j * step] : 0;
 #pragma unroll
         for (int j = 0; j < 4; j++) {
-            sum += own[j];
+            if ((w - j + reader) % group == group - 1) after = sum;
+            sum = after + own[j];
             if (w - j >= first) at[-j * step] = sum;
         }
         at -= 4 * step;
@@ -153,6 +163,70 @@ __global__ void __launch_bounds__(256, 2) infini_map_kernel(InfiniPass p, const 
     }
 }
 
+// The same for hs = 64. Only X, the columns that go from map to map, has to wait for the map before: it stays in shared memory, and the maps to come and what
+// stands at `to` are on their way meanwhile. A block takes 16 columns; 16x8 threads, each 8 rows.
+constexpr int INFINI_MAP_STAGES = 3, INFINI_MAP_SHARED = (INFINI_MAP_STAGES * 64 * 64 + 64 * 16) * (int)sizeof(float);
+template <bool BACKWARD>
+__global__ void __launch_bounds__(128) infini_map_kernel4(InfiniPass p, const float* maps, float* memories) {
+    extern __shared__ __align__(16) float infini_map_shared[];
+    float* X = infini_map_shared + INFINI_MAP_STAGES * 64 * 64;  // (64, 16)
+    int slice = blockIdx.x % 4, kv = blockIdx.x / 4 % p.kv_heads, s = blockIdx.x / 4 / p.kv_heads, x = threadIdx.x % 16, r0 = threadIdx.x / 16 * 8;
+    const InfiniSequence q = p.sequences[s];
+    int first = q.first_memory, last = BACKWARD ? infini_last_read(p, s) : p.sequences[s + 1].first_memory - 1, step = BACKWARD ? -1 : 1;
+    int w0 = BACKWARD ? last : q.written ? first : first + 1, maps_to_do = BACKWARD ? last - first : last - w0 + 1;
+    if (maps_to_do <= 0) return;
+    const float* start = BACKWARD    ? memories + p.memory_at(last, kv)
+                         : q.written ? q.block + INFINI_MEMORY + kv * p.memory_size()
+                                     : memories + p.memory_at(first, kv);
+    const int64_t own_at = 64 + r0 * 64 + slice * 16 + x;  // of the first of this thread's 8 numbers in a memory
+    auto to = [&](int i) { return memories + p.memory_at(w0 + step * i - (BACKWARD ? 1 : 0), kv) + own_at; };
+    auto load = [&](int i) {
+        if (i < maps_to_do) {
+            const float* map = maps + ((int64_t)(w0 + step * i) * p.kv_heads + kv) * 64 * 64;
+            uint32_t stage = shared_address(infini_map_shared + i % INFINI_MAP_STAGES * 64 * 64);
+#pragma unroll
+            for (int e = 4 * threadIdx.x; e < 64 * 64; e += 4 * 128) copy_async16(stage + e * 4, map + e, true);
+        }
+        copy_async_commit();
+    };
+    load(0);
+    load(1);
+    float now[8], next[8];
+#pragma unroll
+    for (int r = 0; r < 8; r++) {
+        X[(r0 + r) * 16 + x] = start[own_at + r * 64];
+        next[r] = to(0)[r * 64];
+    }
+    for (int i = 0; i < maps_to_do; i++) {
+        load(i + 2);
+        copy_async_wait<2>();
+        __syncthreads();
+        float sum[8] = {};
+#pragma unroll
+        for (int r = 0; r < 8; r++) {
+            now[r] = next[r];
+            if (i + 1 < maps_to_do) next[r] = to(i + 1)[r * 64];
+        }
+        const float* P = infini_map_shared + i % INFINI_MAP_STAGES * 64 * 64 + r0 * 64;
+#pragma unroll 4
+        for (int j = 0; j < 64; j += 4) {
+            float x0 = X[j * 16 + x], x1 = X[(j + 1) * 16 + x], x2 = X[(j + 2) * 16 + x], x3 = X[(j + 3) * 16 + x];
+#pragma unroll
+            for (int r = 0; r < 8; r++) {
+                float4 a = *(const float4*)(P + r * 64 + j);
+                sum[r] += a.x * x0 + a.y * x1 + a.z * x2 + a.w * x3;
+            }
+        }
+        __syncthreads();  // X has been read
+#pragma unroll
+        for (int r = 0; r < 8; r++) {
+            float* own = X + (r0 + r) * 16 + x;
+            *own += now[r] - sum[r];
+            to(i)[r * 64] = *own;
+        }
+    }
+}
+
 // dβ_h += g(1−g)·Σ partial, over the pieces of all segments: partial (max_segments, NH, pieces). One block a head.
 __global__ void infini_beta_kernel(InfiniPass p, const float* beta, float* dbeta, const float* partial, int pieces) {
     __shared__ float shared[32];
@@ -202,14 +276,27 @@ inline int infini_pieces(const InfiniPass& p, bool tensor_cores) {
     return (int)std::min<int64_t>(64, std::max<int64_t>(1, ceil_div(p.max_q(), tensor_cores ? 256 : 16)));
 }
 
-inline void infini_sum(cudaStream_t stream, const InfiniPass& p, int64_t numbers) {
-    infini_launch(stream, infini_sum_kernel, dim3((unsigned)ceil_div(p.num_seqs * p.kv_heads * numbers, 256)), 256, 0, p, numbers);
+// Whether each group of segments that one block has summed over is certainly a whole number of sequences.
+inline bool infini_whole_groups(const InfiniPass& p) {
+    return p.num_seqs * (int64_t)p.max_len == p.num_tokens && !p.carried && p.group * p.segment == p.max_len;
 }
-inline void infini_sum_backward(cudaStream_t stream, const InfiniPass& p, float* dmemories, int64_t numbers) {
-    infini_launch(stream, infini_sum_backward_kernel, dim3((unsigned)ceil_div(p.num_seqs * p.kv_heads * numbers, 256)), 256, 0, p, dmemories, numbers);
+inline void infini_sum(cudaStream_t stream, const InfiniPass& p) {
+    if (p.hopper && infini_whole_groups(p)) return;
+    int64_t numbers = p.delta ? p.hs : p.memory_size();
+    infini_launch(stream, infini_sum_kernel, dim3((unsigned)ceil_div(p.num_seqs * p.kv_heads * numbers, 256)), 256, 0, p, numbers, p.hopper ? p.group : 0);
+}
+inline void infini_sum_backward(cudaStream_t stream, const InfiniPass& p, bool hopper, float* dmemories) {
+    if (hopper && infini_whole_groups(p)) return;
+    int64_t numbers = p.delta ? p.hs : p.memory_size();
+    infini_launch(stream, infini_sum_backward_kernel, dim3((unsigned)ceil_div(p.num_seqs * p.kv_heads * numbers, 256)), 256, 0, p, dmemories, numbers,
+                  hopper ? p.group : 1);
 }
 template <bool BACKWARD>
 inline void infini_apply_maps(cudaStream_t stream, const InfiniPass& p, const float* maps, float* memories) {
+    if (p.hopper) {
+        infini_launch(stream, infini_map_kernel4<BACKWARD>, dim3((unsigned)(p.num_seqs * p.kv_heads * 4)), 128, INFINI_MAP_SHARED, p, maps, memories);
+        return;
+    }
     infini_launch(stream, infini_map_kernel<BACKWARD>, dim3((unsigned)(p.num_seqs * p.kv_heads * ceil_div(p.hs, INFINI_MAP_COLUMNS))), 256, 0, p, maps,
                   memories);
 }
@@ -233,6 +320,16 @@ inline void infini_maps(cudaStream_t stream, const InfiniPass& p, float* maps) {
 inline int64_t infini_maps_size(const InfiniPass& p) { return p.delta ? (int64_t)p.max_memories * p.kv_heads * p.hs * p.hs : 0; }
 inline int64_t infini_write_scratch(const InfiniPass& p) { return scratch_bytes({infini_maps_size(p) * (int64_t)sizeof(float)}); }
 
+#ifndef GPU_FLOAT32
+// Tiles of 64 rows by one head of rows in device memory.
+inline CUtensorMap infini_rows_map(const floatX* rows, int64_t n, int64_t columns, int64_t stride) {
+    return tensor_map<2>(rows, {columns, n}, {stride}, {infini_hopper::HS, infini_hopper::ROWS});
+}
+// Of all that stand in rows as qkv's, or as A's.
+inline CUtensorMap infini_qkv_map(const InfiniPass& p, const floatX* rows) { return infini_rows_map(rows, p.num_tokens, p.qkv_stride(), p.qkv_stride()); }
+inline CUtensorMap infini_channels_map(const InfiniPass& p, const floatX* rows) { return infini_rows_map(rows, p.num_tokens, p.channels(), p.channels()); }
+#endif
+
 // p.memories: what each full segment leaves.
 inline void infini_write(cudaStream_t stream, const InfiniPass& p, Scratch scratch) {
     if (p.max_memories == 0) return;
@@ -240,7 +337,11 @@ inline void infini_write(cudaStream_t stream, const InfiniPass& p, Scratch scrat
     float* maps = scratch.take<float>(infini_maps_size(p));
     bool done = false;
 #ifndef GPU_FLOAT32
-    if (p.tensor_cores) {
+    if (p.hopper) {
+        infini_launch(stream, infini_write_kernel4, dim3((unsigned)(ceil_div(p.max_segments, p.group) * p.kv_heads)), infini_hopper::THREADS,
+                      infini_hopper::Shared<0, INFINI_WRITE_STAGES, 2>::BYTES, infini_rows_map(p.keys, p.max_key_rows(), p.row_size(), p.key_stride), p);
+        done = true;
+    } else if (p.tensor_cores) {
         infini_with_head_size(p.hs, [&](auto size) {
             constexpr int HS = decltype(size)::value;
             infini_launch(stream, infini_write_kernel3<HS>, dim3(blocks.x), infini_mma::SUM_THREADS<HS>, infini_mma::write_shared<HS>, p);
@@ -249,7 +350,7 @@ inline void infini_write(cudaStream_t stream, const InfiniPass& p, Scratch scrat
     }
 #endif
     if (!done) infini_launch(stream, infini_outer_kernel2<INFINI_WRITE>, blocks, 256, 0, p, p.memories, (const floatX*)nullptr, (const float*)nullptr);
-    infini_sum(stream, p, p.delta ? p.hs : p.memory_size());
+    infini_sum(stream, p);
     if (!p.delta) return;
     infini_maps(stream, p, maps);
     infini_apply_maps<false>(stream, p, maps, p.memories);
@@ -258,6 +359,12 @@ inline void infini_write(cudaStream_t stream, const InfiniPass& p, Scratch scrat
 // A = g·R + (1−g)·D, (N,C); A may be D. beta (NH).
 inline void infini_retrieve(cudaStream_t stream, const InfiniPass& p, const float* beta, const floatX* D, floatX* A) {
 #ifndef GPU_FLOAT32
+    if (p.hopper && aligned16(D) && aligned16(A) && p.max_segments > 0) {
+        dim3 blocks((unsigned)(p.max_segments * ceil_div(p.max_q(), infini_hopper::PIECE) * p.heads));
+        infini_launch(stream, infini_retrieve_kernel4, blocks, infini_hopper::THREADS, infini_hopper::Shared<1, INFINI_RETRIEVE_STAGES, 2>::BYTES,
+                      infini_qkv_map(p, p.qkv), infini_channels_map(p, D), infini_channels_map(p, A), p, beta, A);
+        return;
+    }
     if (p.tensor_cores && aligned16(D) && aligned16(A)) {
         infini_with_head_size(p.hs, [&](auto size) {
             constexpr int HS = decltype(size)::value;
@@ -274,60 +381,84 @@ inline void infini_retrieve(cudaStream_t stream, const InfiniPass& p, const floa
     });
 }
 
-// Backward of A = g·R + (1−g)·D: dβ (NH) +=; dD takes the place of dA (N,C); dn (N,C) and dden (NH,N) are filled where something was read.
-inline int64_t infini_gate_backward_scratch(const InfiniPass& p) {
+// What the backward pass of local attention is to be given: dA itself, or, where query heads share a kv head, dD = (1−g)·dA, which is stored in dD (N,C).
+template <int W>
+__global__ void infini_local_gradient_kernel(InfiniPass p, const float* beta, const floatX* dA, floatX* dD) {
+    const InfiniSegment s = p.segments[blockIdx.x];
+    int per_row = p.channels() / W;
+    for (int64_t e = (int64_t)blockIdx.y * blockDim.x + threadIdx.x; e < (int64_t)s.q_len * per_row; e += (int64_t)gridDim.y * blockDim.x) {
+        int c = (int)(e % per_row) * W;
+        int64_t at = (s.row + e / per_row) * p.channels() + c;
+        float keep = 1 - p.gate(s, beta[c / p.hs]);
+        if constexpr (W == 1) {
+            dD[at] = from_float<floatX>(keep * to_float(dA[at]));
+        } else {
+            Packed<floatX> x = load_packed(dA + at);
+#pragma unroll
+            for (int i = 0; i < W; i++) x.set(i, keep * x[i]);
+            store_packed(dD + at, x);
+        }
+    }
+}
+inline const floatX* infini_local_gradient(cudaStream_t stream, const InfiniPass& p, const float* beta, const floatX* dA, floatX* dD) {
+    if (p.one_gate()) return dA;
+    constexpr int W = Packed<floatX>::size;
+    dim3 blocks(p.max_segments, infini_pieces(p, false));
+    infini_launch(stream, p.hs % W == 0 && aligned16(dA) && aligned16(dD) ? infini_local_gradient_kernel<W> : infini_local_gradient_kernel<1>, blocks, 256, 0,
+                  p, beta, dA, dD);
+    return dD;
+}
+
+// Behind the backward pass of local attention, backward of A = g·R + (1−g)·D and of the reading: dβ (NH) +=; dq = keep·dq + the memory's part, in dqkv
+// (N, qkv_stride); what each segment that reads a memory of this pass has to say about it: dmemories (max_memories, KV, hs + hs·hs). dn (N,C) and dden (NH,N)
+// are scratch.
+inline int64_t infini_read_backward_scratch(const InfiniPass& p) {
     return scratch_bytes({(int64_t)p.max_segments * p.heads * infini_pieces(p, false) * (int64_t)sizeof(float)});
 }
-inline void infini_gate_backward(cudaStream_t stream, const InfiniPass& p, const float* beta, float* dbeta, const floatX* D, floatX* dA, floatX* dn,
-                                 float* dden, Scratch scratch) {
-    bool tensor_cores = p.tensor_cores && aligned16(D) && aligned16(dA) && aligned16(dn);
-    int pieces = infini_pieces(p, tensor_cores);
+inline void infini_read_backward(cudaStream_t stream, const InfiniPass& p, const float* beta, float* dbeta, const floatX* D, const floatX* dA, floatX* dn,
+                                 float* dden, floatX* dqkv, float* dmemories, Scratch scratch) {
+    if (p.max_segments == 0) return;
+    bool tensor_cores = p.tensor_cores && aligned16(D) && aligned16(dA) && aligned16(dn) && aligned16(dqkv);
+    int pieces = p.hopper ? 1 : infini_pieces(p, tensor_cores);
     float* partial = scratch.take<float>((int64_t)p.max_segments * p.heads * pieces);
     dim3 blocks(p.max_segments * p.heads, pieces);
+    bool done = false;
 #ifndef GPU_FLOAT32
-    if (tensor_cores)
+    if (p.hopper) {
+        infini_launch(stream, infini_read_backward_kernel4, dim3((unsigned)(ceil_div(p.max_segments, p.group) * p.kv_heads)), infini_hopper::THREADS,
+                      infini_hopper::Shared<1, INFINI_BACKWARD_STAGES, 4>::BYTES, infini_qkv_map(p, p.qkv), infini_channels_map(p, D),
+                      infini_channels_map(p, dA), infini_qkv_map(p, dqkv), p, beta, dqkv, dmemories, partial);
+        done = true;
+    } else if (tensor_cores) {
         infini_with_head_size(p.hs, [&](auto size) {
             constexpr int HS = decltype(size)::value;
             infini_launch(stream, infini_gate_backward_kernel3<HS>, blocks, infini_mma::ROW_THREADS, infini_mma::gate_backward_shared<HS>, p, beta, D, dA, dn,
                           dden, partial);
+            infini_launch(stream, infini_query_backward_kernel3<HS>, dim3(p.max_segments * p.kv_heads), infini_mma::SUM_THREADS<HS>,
+                          infini_mma::query_backward_shared<HS>, p, beta, (const floatX*)dn, (const float*)dden, dqkv, dmemories);
         });
+        done = true;
+    }
 #endif
-    if (!tensor_cores)
+    if (!done) {
         infini_with_rows(p.hs, [&](auto rows, int ld) {
             constexpr int ROWS = decltype(rows)::value;
             infini_launch(stream, infini_gate_backward_kernel2<ROWS>, blocks, infini_rows::THREADS, ROWS * ld * 4, p, beta, D, dA, dn, dden, partial, ld);
+            infini_launch(stream, infini_query_backward_kernel2<ROWS>, blocks, infini_rows::THREADS, ROWS * ld * 4, p, beta, (const floatX*)dn,
+                          (const float*)dden, dqkv, ld);
         });
+        infini_launch(stream, infini_outer_kernel2<INFINI_READ>, dim3(p.max_segments * p.kv_heads, (unsigned)(ceil_div(p.hs, 64) * ceil_div(p.hs, 64))), 256, 0,
+                      p, dmemories, (const floatX*)dn, (const float*)dden);
+    }
     infini_launch(stream, infini_beta_kernel, dim3(p.heads), 256, 0, p, beta, dbeta, (const float*)partial, pieces);
 }
 
-// dq += (dn·Mᵀ + dden·zᵀ)⊙Φ'(q), in dqkv (N, qkv_stride), and what each segment that reads a memory of this pass has to say about it: dmemories
-// (max_memories, KV, hs + hs·hs).
-inline void infini_query_backward(cudaStream_t stream, const InfiniPass& p, const floatX* dn, const float* dden, floatX* dqkv, float* dmemories) {
-#ifndef GPU_FLOAT32
-    if (p.tensor_cores && aligned16(dn) && aligned16(dqkv)) {
-        infini_with_head_size(p.hs, [&](auto size) {
-            constexpr int HS = decltype(size)::value;
-            infini_launch(stream, infini_query_backward_kernel3<HS>, dim3(p.max_segments * p.kv_heads), infini_mma::SUM_THREADS<HS>,
-                          infini_mma::query_backward_shared<HS>, p, dn, dden, dqkv, dmemories);
-        });
-        return;
-    }
-#endif
-    infini_with_rows(p.hs, [&](auto rows, int ld) {
-        constexpr int ROWS = decltype(rows)::value;
-        infini_launch(stream, infini_query_backward_kernel2<ROWS>, dim3(p.max_segments * p.heads, infini_pieces(p, false)), infini_rows::THREADS, ROWS * ld * 4,
-                      p, dn, dden, dqkv, ld);
-    });
-    infini_launch(stream, infini_outer_kernel2<INFINI_READ>, dim3(p.max_segments * p.kv_heads, (unsigned)(ceil_div(p.hs, 64) * ceil_div(p.hs, 64))), 256, 0, p,
-                  dmemories, dn, dden);
-}
-
-// The memories from the last segment to the first, and what was written into them: dmemories from infini_query_backward become the gradients of
-// p.memories, dk and dv += in dqkv (N, qkv_stride). The state that a sequence started from is constant.
-inline void infini_memory_backward(cudaStream_t stream, const InfiniPass& p, floatX* dqkv, float* dmemories, Scratch scratch) {
-    if (p.max_memories == 0) return;
+// The memories from the last segment to the first, and what was written into them: dmemories from infini_read_backward become the gradients of p.memories;
+// dk, dv = keep·(dk, dv) + the memory's part, in dqkv (N, qkv_stride). The state that a sequence started from is constant.
+inline void infini_memory_backward(cudaStream_t stream, const InfiniPass& p, const float* beta, floatX* dqkv, float* dmemories, Scratch scratch) {
+    if (p.max_segments == 0) return;
     bool tensor_cores = p.tensor_cores && aligned16(dqkv);
-    if (p.delta) {
+    if (p.delta && p.max_memories > 0) {
         float* maps = scratch.take<float>(infini_maps_size(p));
         infini_maps(stream, p, maps);
         infini_apply_maps<true>(stream, p, maps, dmemories);
@@ -346,18 +477,22 @@ inline void infini_memory_backward(cudaStream_t stream, const InfiniPass& p, flo
                               dmemories, ld);
             });
     }
-    infini_sum_backward(stream, p, dmemories, p.delta ? p.hs : p.memory_size());
+    if (p.max_memories > 0) infini_sum_backward(stream, p, p.hopper, dmemories);
 #ifndef GPU_FLOAT32
+    if (p.hopper) {
+        dim3 blocks((unsigned)(p.max_segments * ceil_div(p.max_q(), infini_hopper::PIECE) * p.kv_heads));
+        infini_launch(stream, p.delta ? infini_write_backward_kernel4<true> : infini_write_backward_kernel4<false>, blocks, infini_hopper::THREADS,
+                      p.delta ? infini_hopper::Shared<2, INFINI_BACKWARD_STAGES, 4>::BYTES : infini_hopper::Shared<1, INFINI_BACKWARD_STAGES, 4>::BYTES,
+                      infini_qkv_map(p, p.qkv), infini_qkv_map(p, dqkv), p, beta, (const float*)dmemories, dqkv);
+        return;
+    }
     if (tensor_cores) {
         infini_with_head_size(p.hs, [&](auto size) {
             constexpr int HS = decltype(size)::value;
             dim3 blocks(p.max_segments * p.kv_heads, infini_pieces(p, true));
-            if (p.delta)
-                infini_launch(stream, infini_write_backward_kernel3<HS, true>, blocks, infini_mma::ROW_THREADS, infini_mma::write_backward_shared<HS, true>, p,
-                              (const float*)dmemories, dqkv);
-            else
-                infini_launch(stream, infini_write_backward_kernel3<HS, false>, blocks, infini_mma::ROW_THREADS, infini_mma::write_backward_shared<HS, false>,
-                              p, (const float*)dmemories, dqkv);
+            infini_launch(stream, p.delta ? infini_write_backward_kernel3<HS, true> : infini_write_backward_kernel3<HS, false>, blocks, infini_mma::ROW_THREADS,
+                          p.delta ? infini_mma::write_backward_shared<HS, true> : infini_mma::write_backward_shared<HS, false>, p, beta,
+                          (const float*)dmemories, dqkv);
         });
         return;
     }
@@ -365,7 +500,7 @@ inline void infini_memory_backward(cudaStream_t stream, const InfiniPass& p, flo
     infini_with_rows(p.hs, [&](auto rows, int ld) {
         constexpr int ROWS = decltype(rows)::value;
         infini_launch(stream, infini_write_backward_kernel2<ROWS>, dim3(p.max_segments * p.kv_heads, infini_pieces(p, false)), infini_rows::THREADS,
-                      3 * ROWS * ld * 4, p, (const float*)dmemories, dqkv, ld);
+                      3 * ROWS * ld * 4, p, beta, (const float*)dmemories, dqkv, ld);
     });
 }
 

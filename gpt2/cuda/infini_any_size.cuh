@@ -116,11 +116,10 @@ __global__ void __launch_bounds__(infini_rows::THREADS) infini_retrieve_kernel2(
     }
 }
 
-// dD takes the place of dA (N,C); dn (N,C) and dden (NH,N) are filled where something was read; partial (max_segments, NH, pieces) is Σ dA⊙(R−D) of this
-// block's rows.
+// dn (N,C) and dden (NH,N) where there is a gate, zeros where nothing was read; partial (max_segments, NH, pieces) is Σ dA⊙(R−D) of this block's rows.
 template <int ROWS>
 __global__ void __launch_bounds__(infini_rows::THREADS)
-    infini_gate_backward_kernel2(InfiniPass p, const float* beta, const floatX* D, floatX* dA, floatX* dn, float* dden, float* partial, int ld) {
+    infini_gate_backward_kernel2(InfiniPass p, const float* beta, const floatX* D, const floatX* dA, floatX* dn, float* dden, float* partial, int ld) {
     using namespace infini_rows;
     extern __shared__ __align__(16) float infini_tiles[];
     float* features = infini_tiles;
@@ -148,46 +147,45 @@ __global__ void __launch_bounds__(infini_rows::THREADS)
                 if (i >= rows) break;
                 int64_t at = (row + i) * C + h * hs + c;
                 float d = to_float(dA[at]);
-                if (memory) {
-                    sum_R[i] += d * n[i] / den[i];
-                    dn[at] = from_float<floatX>(g * d / den[i]);
-                }
+                if (memory) sum_R[i] += d * n[i] / den[i];
+                dn[at] = from_float<floatX>(memory ? g * d / den[i] : 0);
                 sum_D[i] += d * to_float(D[at]);
-                dA[at] = from_float<floatX>((1 - g) * d);
             }
         }
         sum_rows<ROWS>(dA_R, sum_R, shared);
         sum_rows<ROWS>(dA_D, sum_D, shared);
-        if (threadIdx.x < rows && memory) dden[h * p.num_tokens + row + threadIdx.x] = -g * dA_R[threadIdx.x] / den[threadIdx.x];
+        if (threadIdx.x < rows) dden[h * p.num_tokens + row + threadIdx.x] = memory ? -g * dA_R[threadIdx.x] / den[threadIdx.x] : 0;
         for (int i = 0; i < rows; i++) sum += dA_R[i] - dA_D[i];
         __syncthreads();
     }
     if (threadIdx.x == 0) partial[(int64_t)blockIdx.x * gridDim.y + blockIdx.y] = sum;
 }
 
-// dq += (dn·Mᵀ + dden·zᵀ)⊙Φ'(q), in dqkv (N, qkv_stride).
+// dq = keep·dq + (dn·Mᵀ + dden·zᵀ)⊙Φ'(q), in dqkv (N, qkv_stride).
 template <int ROWS>
-__global__ void __launch_bounds__(infini_rows::THREADS) infini_query_backward_kernel2(InfiniPass p, const floatX* dn, const float* dden, floatX* dqkv, int ld) {
+__global__ void __launch_bounds__(infini_rows::THREADS)
+    infini_query_backward_kernel2(InfiniPass p, const float* beta, const floatX* dn, const float* dden, floatX* dqkv, int ld) {
     using namespace infini_rows;
     extern __shared__ __align__(16) float infini_tiles[];
     float* numerators = infini_tiles;
     auto [s, h] = place(p, p.heads);
     int hs = p.hs, C = p.channels();
     const float* memory = p.memory(s, p.kv_head(h));
-    for (int t = blockIdx.y * ROWS; memory && t < s.q_len; t += gridDim.y * ROWS) {
+    const float keep = p.keep(p.gate(s, beta[h]));
+    for (int t = blockIdx.y * ROWS; (memory || keep != 1) && t < s.q_len; t += gridDim.y * ROWS) {
         int rows = min(ROWS, s.q_len - t);
         int64_t row = s.row + t;
         load<ROWS>(numerators, ld, hs, dn + row * C + h * hs, C, rows, false);
         __syncthreads();
         for (int r = threadIdx.x; r < hs; r += THREADS) {
             float dfeature[ROWS];
-            times<ROWS>(dfeature, numerators, ld, hs, memory + hs + (int64_t)r * hs, 1);
+            if (memory) times<ROWS>(dfeature, numerators, ld, hs, memory + hs + (int64_t)r * hs, 1);
 #pragma unroll
             for (int i = 0; i < ROWS; i++) {
                 if (i >= rows) break;
                 int64_t at = (row + i) * p.qkv_stride() + h * hs + r;
-                float d = dfeature[i] + dden[h * p.num_tokens + row + i] * memory[r];
-                dqkv[at] = from_float<floatX>(to_float(dqkv[at]) + d * min(1.f, feature(to_float(p.qkv[at]))));
+                float d = memory ? (dfeature[i] + dden[h * p.num_tokens + row + i] * memory[r]) * min(1.f, feature(to_float(p.qkv[at]))) : 0;
+                dqkv[at] = from_float<floatX>(keep * to_float(dqkv[at]) + d);
             }
         }
         __syncthreads();
@@ -212,8 +210,8 @@ __global__ void __launch_bounds__(256) infini_outer_kernel2(InfiniPass p, float*
     if (WHAT == INFINI_READ ? s.read < 0 : s.write < 0 || (WHAT == INFINI_MAP && !memory)) return;
     float sum[4][4] = {}, column_sum = 0;
     int tokens = WHAT == INFINI_READ ? s.q_len : s.k_len;
-    for (int g = 0; g < (WHAT == INFINI_READ ? p.group() : 1); g++) {
-        int h = kv * p.group() + g;
+    for (int g = 0; g < (WHAT == INFINI_READ ? p.heads_per_kv() : 1); g++) {
+        int h = kv * p.heads_per_kv() + g;
         int64_t a_stride = WHAT == INFINI_READ ? p.qkv_stride() : p.key_stride, x_stride = WHAT == INFINI_READ ? p.channels() : p.key_stride;
         const floatX* from_a = WHAT == INFINI_READ ? p.qkv + s.row * p.qkv_stride() + h * hs : p.keys + s.key_row * p.key_stride + kv * hs;
         const floatX* from_x = WHAT == INFINI_READ ? dn + (int64_t)s.row * p.channels() + h * hs : WHAT == INFINI_WRITE ? from_a + p.kv_channels() : from_a;
@@ -298,19 +296,22 @@ __global__ void __launch_bounds__(infini_rows::THREADS, 4) infini_normalizer_bac
     for (int c = threadIdx.x; c < hs; c += THREADS) to[c] += dz[c];
 }
 
-// dk, dv of what full segments have written, += in dqkv (N, qkv_stride). Shared memory: 3·ROWS·ld.
+// dk, dv = keep·(dk, dv) + what full segments have written, in dqkv (N, qkv_stride). Shared memory: 3·ROWS·ld.
 template <int ROWS>
-__global__ void __launch_bounds__(infini_rows::THREADS) infini_write_backward_kernel2(InfiniPass p, const float* dmemories, floatX* dqkv, int ld) {
+__global__ void __launch_bounds__(infini_rows::THREADS)
+    infini_write_backward_kernel2(InfiniPass p, const float* beta, const float* dmemories, floatX* dqkv, int ld) {
     using namespace infini_rows;
     extern __shared__ __align__(16) float infini_tiles[];
     float* features = infini_tiles;
     __shared__ float den[ROWS], dden[ROWS], shared[WARPS * ROWS];
     float *U = features + ROWS * ld, *dn = U + ROWS * ld;
     auto [s, kv] = place(p, p.kv_heads);
-    if (s.write < 0 || s.last) return;
     int hs = p.hs;
     int64_t stride = p.qkv_stride();
-    const float *before = p.delta ? p.memory(s, kv) : nullptr, *dz = dmemories + p.memory_at(s.write, kv), *dM = dz + hs;
+    const bool written = s.write >= 0 && !s.last;
+    const float keep = p.keep(p.gate(s, beta[kv]));
+    if (!written && keep == 1) return;
+    const float *before = p.delta && written ? p.memory(s, kv) : nullptr, *dz = written ? dmemories + p.memory_at(s.write, kv) : nullptr, *dM = dz + hs;
     for (int t = blockIdx.y * ROWS; t < s.q_len; t += gridDim.y * ROWS) {
         int rows = min(ROWS, s.q_len - t);
         int64_t k_at = (s.row + t) * stride + p.channels() + kv * hs, v_at = k_at + p.kv_channels();
@@ -325,13 +326,13 @@ __global__ void __launch_bounds__(infini_rows::THREADS) infini_write_backward_ke
         float partial[ROWS] = {};
         for (int c = threadIdx.x; c < hs; c += THREADS) {
             float dU[ROWS], V[ROWS];
-            times<ROWS>(dU, features, ld, hs, dM + c, hs);
+            if (written) times<ROWS>(dU, features, ld, hs, dM + c, hs);
             if (before) times<ROWS>(V, features, ld, hs, before + hs + c, hs);
 #pragma unroll
             for (int i = 0; i < ROWS; i++) {
                 if (i >= rows) break;
                 int64_t at = v_at + i * stride + c;
-                dqkv[at] = from_float<floatX>(to_float(dqkv[at]) + dU[i]);
+                dqkv[at] = from_float<floatX>(keep * to_float(dqkv[at]) + (written ? dU[i] : 0));
                 if (before) {
                     U[i * ld + c] -= V[i] / den[i];
                     dn[i * ld + c] = -dU[i] / den[i];
@@ -342,15 +343,15 @@ __global__ void __launch_bounds__(infini_rows::THREADS) infini_write_backward_ke
         if (before) sum_rows<ROWS>(dden, partial, shared);  // with a barrier
         for (int r = threadIdx.x; r < hs; r += THREADS) {
             float dfeature[ROWS], more[ROWS];
-            times<ROWS>(dfeature, U, ld, hs, dM + (int64_t)r * hs, 1);
+            if (written) times<ROWS>(dfeature, U, ld, hs, dM + (int64_t)r * hs, 1);
             if (before) times<ROWS>(more, dn, ld, hs, before + hs + (int64_t)r * hs, 1);
 #pragma unroll
             for (int i = 0; i < ROWS; i++) {
                 if (i >= rows) break;
-                float d = dfeature[i] + dz[r];
+                float d = written ? dfeature[i] + dz[r] : 0;
                 if (before) d += more[i] + dden[i] / den[i] * before[r];
                 int64_t at = k_at + i * stride + r;
-                dqkv[at] = from_float<floatX>(to_float(dqkv[at]) + d * min(1.f, features[i * ld + r]));
+                dqkv[at] = from_float<floatX>(keep * to_float(dqkv[at]) + d * min(1.f, features[i * ld + r]));
             }
         }
         __syncthreads();

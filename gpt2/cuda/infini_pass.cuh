@@ -10,7 +10,7 @@
 #include <algorithm>
 
 #include "../../attention.h"
-#include "common.cuh"
+#include "hopper.cuh"
 
 namespace gpu {
 
@@ -46,7 +46,8 @@ struct InfiniPass {
     int num_seqs, max_len;
     int64_t num_tokens;                        // N
     int max_segments, max_memories, max_keys;  // bounds
-    bool tensor_cores;                         // sizes and addresses allow them
+    bool tensor_cores, hopper;                 // sizes and addresses allow these kernels
+    int group;                                 // segments that one block of Hopper's kernels sums over, one behind another
     const int* cu_seqlens;                     // (num_seqs+1)
     const TokenPlace* place;                   // (N)
     const floatX* qkv;                         // (N, qkv_stride), not rotated
@@ -59,17 +60,23 @@ struct InfiniPass {
     int *position, *key_position;    // (N), (max_keys) a token's place in its segment
 
     HOST_DEVICE int channels() const { return heads * hs; }
-    HOST_DEVICE int group() const { return heads / kv_heads; }
-    HOST_DEVICE int kv_head(int h) const { return h / group(); }
+    HOST_DEVICE int heads_per_kv() const { return heads / kv_heads; }
+    HOST_DEVICE int kv_head(int h) const { return h / heads_per_kv(); }
     HOST_DEVICE int64_t kv_channels() const { return (int64_t)kv_heads * hs; }
     HOST_DEVICE int64_t row_size() const { return 2 * kv_channels(); }
     HOST_DEVICE int64_t qkv_stride() const { return channels() + row_size(); }
     HOST_DEVICE int64_t memory_size() const { return (int64_t)hs * (hs + 1); }  // of one kv head
     HOST_DEVICE int64_t memory_at(int index, int kv) const { return ((int64_t)index * kv_heads + kv) * memory_size(); }
     HOST_DEVICE int64_t block_size() const { return INFINI_MEMORY + kv_heads * memory_size() + segment * row_size(); }
-    int max_q() const { return std::min(segment, max_len); }  // new tokens of a segment
+    HOST_DEVICE int max_q() const { return segment < max_len ? segment : max_len; }  // new tokens of a segment
     int max_k() const { return carried ? segment : max_q(); }
+    int64_t max_key_rows() const { return carried ? max_keys : num_tokens; }
 
+    // g in A = g·R + (1−g)·D
+    __device__ float gate(const InfiniSegment& s, float beta) const { return s.read != INFINI_EMPTY || gated_first ? infini_gate(beta) : 0; }
+    // What the gradients of local attention are still to be multiplied by (infini_local_gradient()).
+    HOST_DEVICE bool one_gate() const { return heads == kv_heads; }
+    __device__ float keep(float g) const { return one_gate() ? 1 - g : 1; }
     // z of what the segment reads, M behind it; null: nothing has been written.
     __device__ const float* memory(const InfiniSegment& s, int kv) const {
         if (s.read >= 0) return memories + memory_at(s.read, kv);
@@ -275,6 +282,22 @@ inline bool infini_tensor_cores(const InfiniPass& p) {
 #endif
 }
 
+// Hopper's kernels: 64 numbers a head.
+inline bool infini_takes_hopper(const InfiniPass& p) {
+#ifdef GPU_FLOAT32
+    (void)p;
+    return false;
+#else
+    return hopper_code() && p.hs == 64 && aligned16(p.qkv);
+#endif
+}
+
+// Linear: where there are sequences enough to keep the GPU busy, a block takes all segments of one.
+inline int infini_group(const InfiniPass& p) {
+    int64_t segments = std::max<int64_t>(1, ceil_div(p.max_len, p.segment));
+    return !p.delta && p.max_segments * p.kv_heads >= segments * 5 * device_properties().multiProcessorCount ? (int)segments : 1;
+}
+
 // Builds the tables of a pass over qkv (N, qkv_stride) whose full segments leave their memories in `memories`, and packs its keys if p.carried.
 // The arrays are taken from `scratch` and live as long as they stay taken. Sources: lengths and places of the batch on the device.
 inline void infini_begin(cudaStream_t stream, InfiniPass& p, const int* cu_seqlens, const TokenPlace* place, const InfiniSource& source, const floatX* qkv,
@@ -299,6 +322,8 @@ inline void infini_begin(cudaStream_t stream, InfiniPass& p, const int* cu_seqle
         p.key_stride = p.row_size();
     }
     p.tensor_cores = infini_tensor_cores(p);
+    p.hopper = infini_takes_hopper(p);
+    p.group = infini_group(p);
     infini_sequences_kernel<<<1, 32, 0, stream>>>(p, source);
     LAUNCH_CHECK();
     infini_segments_kernel<<<(unsigned)ceil_div(std::max<int64_t>(p.max_segments + 1, p.num_tokens), 256), 256, 0, stream>>>(p);

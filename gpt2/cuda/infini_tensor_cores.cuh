@@ -25,76 +25,30 @@ constexpr int tile_bytes(int rows) {
     return rows * STRIDE<HS> * (int)sizeof(bf16);
 }
 
-// ---- instructions. A warp's 32 threads: row = lane/4, column = 2·(lane%4). A register holds two neighbours of a row, the left one in its lower half.
-//   a (16x16): a[0] (row, column)   a[1] (row+8, column)   a[2] (row, column+8)   a[3] (row+8, column+8)
-//   b (16x8):  b0 (rows column, column+1; column row)      b1 (rows column+8, column+9; column row)
-//   c (16x8):  c[0], c[1] (row, column and column+1)       c[2], c[3] (row+8, the same)
-
 __device__ inline int lane() { return threadIdx.x % 32; }
 __device__ inline int lane_row() { return threadIdx.x % 32 / 4; }
 __device__ inline int lane_column() { return threadIdx.x % 4 * 2; }
 
-__device__ inline uint32_t shared_address(const void* p) { return (uint32_t)__cvta_generic_to_shared(p); }
-
-// Four 8x8 matrices whose rows start at the addresses that lanes 0-7, 8-15, 16-23 and 24-31 give; each thread gets (row, column), (row, column+1) of them,
-// or of their transposes.
-__device__ inline void ldmatrix(uint32_t (&r)[4], const bf16* p) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                 : "r"(shared_address(p))
-                 : "memory");
-}
-__device__ inline void ldmatrix_transposed(uint32_t (&r)[4], const bf16* p) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                 : "r"(shared_address(p))
-                 : "memory");
-}
-__device__ inline void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-
-// The 16x16 block at (r, c) of a tile: by_rows with the matrices in the order (0,0), (8,0), (0,8), (8,8), by_columns in the order (0,0), (0,8), (8,0), (8,8).
-// So a block is an `a` operand by_rows; the transpose of a block is one by_columns and transposed. Two neighbouring `b` operands (b0, b1, b0, b1) of
-// B (depth, columns) are by_rows and transposed if the tile holds B, by_columns if it holds Bᵀ.
+// The addresses of the 16x16 block at (r, c) of a tile: by_rows with the matrices in the order (0,0), (8,0), (0,8), (8,8), by_columns in the order (0,0),
+// (0,8), (8,0), (8,8). So a block is an `a` operand by_rows; the transpose of a block is one by_columns and transposed. Two neighbouring `b` operands (b0, b1,
+// b0, b1) of B (depth, columns) are by_rows and transposed if the tile holds B, by_columns if it holds Bᵀ.
 template <int HS>
-__device__ inline const bf16* by_rows(const bf16* tile, int r, int c) {
-    return tile + (r + lane() % 16) * STRIDE<HS> + c + lane() / 16 * 8;
+__device__ inline uint32_t by_rows(const bf16* tile, int r, int c) {
+    return shared_address(tile + (r + lane() % 16) * STRIDE<HS> + c + lane() / 16 * 8);
 }
 template <int HS>
-__device__ inline const bf16* by_columns(const bf16* tile, int r, int c) {
-    return tile + (r + lane() / 16 * 8 + lane() % 8) * STRIDE<HS> + c + lane() / 8 % 2 * 8;
+__device__ inline uint32_t by_columns(const bf16* tile, int r, int c) {
+    return shared_address(tile + (r + lane() / 16 * 8 + lane() % 8) * STRIDE<HS> + c + lane() / 8 % 2 * 8);
 }
 
-// 16, or 4, bytes to shared memory; zeros unless `there`. The address must be good in any case.
-__device__ inline void copy_async16(void* to, const void* from, bool there) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(there ? 16 : 0) : "memory");
-}
-__device__ inline void copy_async4(void* to, const void* from, bool there) {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared_address(to)), "l"(from), "r"(there ? 4 : 0) : "memory");
-}
-__device__ inline void commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-// Until all groups but the last `PENDING` of this thread have arrived.
-template <int PENDING>
-__device__ inline void wait() {
-    asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
-}
-
-__device__ inline uint32_t pack(float left, float right) {
-    __nv_bfloat162 x = __floats2bfloat162_rn(left, right);
-    return *(uint32_t*)&x;
-}
-__device__ inline float2 unpack(uint32_t x) { return {__uint_as_float(x << 16), __uint_as_float(x & 0xffff0000)}; }
 __device__ inline uint32_t* pair(bf16* tile, int at) { return (uint32_t*)(tile + at); }  // `at` is even
 
 // ---- tiles
 
 __device__ inline float feature(float x) { return x > 0 ? x + 1 : __expf(x); }
 __device__ inline uint32_t feature(uint32_t x) {
-    float2 f = unpack(x);
-    return pack(feature(f.x), feature(f.y));
+    float2 f = unpack_bf16(x);
+    return pack_bf16(feature(f.x), feature(f.y));
 }
 __device__ inline float sum_of_row(float x) {  // over the 4 threads that share a row of c
     x += __shfl_xor_sync(0xffffffff, x, 1);
@@ -108,7 +62,7 @@ __device__ inline void load_rows(bf16* tile, const bf16* from, int64_t stride, i
     for (int e = thread; e < ROWS * (HS / 8); e += threads) {
         int i = e / (HS / 8), c = e % (HS / 8) * 8;
         bool there = i < n && c < hs;
-        copy_async16(tile + i * STRIDE<HS> + c, there ? from + i * stride + c : from, there);
+        copy_async16(shared_address(tile + i * STRIDE<HS> + c), there ? from + i * stride + c : from, there);
     }
 }
 // n rows of 16 back to global memory, by one warp.
@@ -120,17 +74,17 @@ __device__ inline void store_rows(bf16* to, int64_t stride, const bf16* tile, in
         if (i < n && c < hs) *(int4*)(to + i * stride + c) = *(const int4*)(tile + i * STRIDE<HS> + c);
     }
 }
-// z (HS) and M (HS,HS) from a memory in global memory, zeros behind hs. Memories within a state stand on 8 bytes.
+// z (HS) and M (HS,HS) from a memory in global memory, zeros behind hs, or if it is null. Memories within a state stand on 8 bytes.
 template <int HS>
 __device__ inline void load_memory(bf16* M, float* z, const float* memory, int hs) {
 #pragma unroll 8
     for (int e = threadIdx.x; e < HS * (HS / 2); e += blockDim.x) {
         int r = e / (HS / 2), c = e % (HS / 2) * 2;
         float2 x = {0, 0};
-        if (r < hs && c < hs) x = *(const float2*)(memory + hs + r * hs + c);
-        *pair(M, r * STRIDE<HS> + c) = pack(x.x, x.y);
+        if (memory && r < hs && c < hs) x = *(const float2*)(memory + hs + r * hs + c);
+        *pair(M, r * STRIDE<HS> + c) = pack_bf16(x.x, x.y);
     }
-    for (int c = threadIdx.x; c < HS; c += blockDim.x) z[c] = c < hs ? memory[c] : 0;
+    for (int c = threadIdx.x; c < HS; c += blockDim.x) z[c] = memory && c < hs ? memory[c] : 0;
 }
 
 // Φ of 16 rows as `a` operands.
@@ -138,7 +92,7 @@ template <int HS>
 __device__ inline void load_features(uint32_t (&a)[HS / 16][4], const bf16* tile) {
 #pragma unroll
     for (int k = 0; k < HS / 16; k++) {
-        ldmatrix(a[k], by_rows<HS>(tile, 0, 16 * k));
+        load_matrices(a[k], by_rows<HS>(tile, 0, 16 * k));
 #pragma unroll
         for (int j = 0; j < 4; j++) a[k][j] = feature(a[k][j]);
     }
@@ -151,7 +105,7 @@ __device__ inline void inverse_denominators(float (&inverse)[2], const uint32_t 
     for (int k = 0; k < HS / 16; k++)
 #pragma unroll
         for (int j = 0; j < 4; j++) {
-            float2 f = unpack(features[k][j]), zc = *(const float2*)(z + 16 * k + j / 2 * 8 + lane_column());
+            float2 f = unpack_bf16(features[k][j]), zc = *(const float2*)(z + 16 * k + j / 2 * 8 + lane_column());
             inverse[j % 2] += f.x * zc.x + f.y * zc.y;
         }
 #pragma unroll
@@ -172,7 +126,7 @@ __device__ inline void times(float (&c)[HS / 8][4], const uint32_t (&a)[HS / 16]
 #pragma unroll
         for (int n = 0; n < HS / 16; n++) {
             uint32_t b[4];
-            ldmatrix_transposed(b, by_rows<HS>(B, 16 * k, 16 * n));
+            load_matrices_transposed(b, by_rows<HS>(B, 16 * k, 16 * n));
             mma(c[2 * n], a[k], b[0], b[1]);
             mma(c[2 * n + 1], a[k], b[2], b[3]);
         }
@@ -183,11 +137,11 @@ __device__ inline void times_transposed(float (&c)[HS / 8][4], const bf16* tile,
 #pragma unroll 2
     for (int k = 0; k < HS / 16; k++) {
         uint32_t a[4];
-        ldmatrix(a, by_rows<HS>(tile, r, 16 * k));
+        load_matrices(a, by_rows<HS>(tile, r, 16 * k));
 #pragma unroll
         for (int n = 0; n < HS / 16; n++) {
             uint32_t b[4];
-            ldmatrix(b, by_columns<HS>(B, 16 * n, 16 * k));
+            load_matrices(b, by_columns<HS>(B, 16 * n, 16 * k));
             mma(c[2 * n], a, b[0], b[1]);
             mma(c[2 * n + 1], a, b[2], b[3]);
         }
@@ -199,7 +153,7 @@ __device__ inline void add_outer(float (&c)[HS / 8][4], const uint32_t (&a)[4], 
 #pragma unroll
     for (int n = 0; n < HS / 16; n++) {
         uint32_t b[4];
-        ldmatrix_transposed(b, by_rows<HS>(x, t, 16 * n));
+        load_matrices_transposed(b, by_rows<HS>(x, t, 16 * n));
         mma(c[2 * n], a, b[0], b[1]);
         mma(c[2 * n + 1], a, b[2], b[3]);
     }
@@ -266,14 +220,14 @@ __global__ void __launch_bounds__(infini_mma::ROW_THREADS, HS <= 64 ? 4 : 1)
             if (memory) load_rows<HS, 16>(to, p.qkv + row * p.qkv_stride() + h * hs, p.qkv_stride(), s.q_len - t, hs, lane(), 32);
             load_rows<HS, 16>(to + 16 * STRIDE<HS>, D + row * C + h * hs, C, s.q_len - t, hs, lane(), 32);
         }
-        commit();
+        copy_async_commit();
     };
     load(first, 0);
     if (memory) load_memory<HS>(M, z, memory, hs);
     __syncthreads();
     for (int t = first, stage = 0; t < s.q_len; t += step, stage ^= 1) {
         load(t + step, stage ^ 1);
-        wait<1>();
+        copy_async_wait<1>();
         __syncwarp();
         bf16 *q = tiles + stage * (2 * 16 * STRIDE<HS>), *d = q + 16 * STRIDE<HS>;
         float n[HS / 8][4] = {}, factor[2] = {0, 0};
@@ -290,8 +244,8 @@ __global__ void __launch_bounds__(infini_mma::ROW_THREADS, HS <= 64 ? 4 : 1)
 #pragma unroll
             for (int i = 0; i < 2; i++) {
                 uint32_t* at = pair(d, (lane_row() + 8 * i) * STRIDE<HS> + 8 * j + lane_column());
-                float2 x = unpack(*at);
-                *at = pack(n[j][2 * i] * factor[i] + (1 - g) * x.x, n[j][2 * i + 1] * factor[i] + (1 - g) * x.y);
+                float2 x = unpack_bf16(*at);
+                *at = pack_bf16(n[j][2 * i] * factor[i] + (1 - g) * x.x, n[j][2 * i + 1] * factor[i] + (1 - g) * x.y);
             }
         __syncwarp();
         store_rows<HS>(A + (int64_t)(s.row + t) * C + h * hs, C, d, s.q_len - t, hs);
@@ -302,7 +256,7 @@ __global__ void __launch_bounds__(infini_mma::ROW_THREADS, HS <= 64 ? 4 : 1)
 // As infini_gate_backward_kernel2.
 template <int HS>
 __global__ void __launch_bounds__(infini_mma::ROW_THREADS, HS <= 64 ? 3 : 1)
-    infini_gate_backward_kernel3(InfiniPass p, const float* beta, const floatX* D, floatX* dA, floatX* dn, float* dden, float* partial) {
+    infini_gate_backward_kernel3(InfiniPass p, const float* beta, const floatX* D, const floatX* dA, floatX* dn, float* dden, float* partial) {
     using namespace infini_mma;
     extern __shared__ int4 infini_shared[];
     __shared__ float warp_sums[ROW_WARPS];
@@ -328,14 +282,14 @@ __global__ void __launch_bounds__(infini_mma::ROW_THREADS, HS <= 64 ? 3 : 1)
             load_rows<HS, 16>(to + 16 * STRIDE<HS>, D + row * C + h * hs, C, s.q_len - t, hs, lane(), 32);
             load_rows<HS, 16>(to + 2 * 16 * STRIDE<HS>, dA + row * C + h * hs, C, s.q_len - t, hs, lane(), 32);
         }
-        commit();
+        copy_async_commit();
     };
     load(first, 0);
     if (memory) load_memory<HS>(M, z, memory, hs);
     __syncthreads();
     for (int t = first, stage = 0; t < s.q_len; t += step, stage ^= 1) {
         load(t + step, stage ^ 1);
-        wait<1>();
+        copy_async_wait<1>();
         __syncwarp();
         bf16 *q = tiles + stage * (3 * 16 * STRIDE<HS>), *d = q + 16 * STRIDE<HS>, *da = d + 16 * STRIDE<HS>;
         int64_t row = s.row + t;
@@ -351,12 +305,11 @@ __global__ void __launch_bounds__(infini_mma::ROW_THREADS, HS <= 64 ? 3 : 1)
 #pragma unroll
             for (int i = 0; i < 2; i++) {
                 int at = (lane_row() + 8 * i) * STRIDE<HS> + 8 * j + lane_column();
-                float2 x = unpack(*pair(da, at)), y = unpack(*pair(d, at));
+                float2 x = unpack_bf16(*pair(da, at)), y = unpack_bf16(*pair(d, at));
                 dA_n[i] += x.x * n[j][2 * i] + x.y * n[j][2 * i + 1];
                 dA_D[i] += x.x * y.x + x.y * y.y;
                 float f = g * inverse[i];
-                *pair(d, at) = pack(f * x.x, f * x.y);               // dn
-                *pair(da, at) = pack((1 - g) * x.x, (1 - g) * x.y);  // dD
+                *pair(d, at) = pack_bf16(f * x.x, f * x.y);  // dn
             }
 #pragma unroll
         for (int i = 0; i < 2; i++) {
@@ -365,12 +318,11 @@ __global__ void __launch_bounds__(infini_mma::ROW_THREADS, HS <= 64 ? 3 : 1)
             int r = lane_row() + 8 * i;
             if (lane() % 4 == 0 && t + r < s.q_len) {
                 sum += dA_R - dA_D[i];
-                if (memory) dden[h * p.num_tokens + row + r] = -g * dA_R * inverse[i];
+                dden[h * p.num_tokens + row + r] = -g * dA_R * inverse[i];
             }
         }
         __syncwarp();
-        if (memory) store_rows<HS>(dn + row * C + h * hs, C, d, s.q_len - t, hs);
-        store_rows<HS>(dA + row * C + h * hs, C, da, s.q_len - t, hs);
+        store_rows<HS>(dn + row * C + h * hs, C, d, s.q_len - t, hs);
         __syncwarp();
     }
     sum = warp_sum(sum);
@@ -379,13 +331,13 @@ __global__ void __launch_bounds__(infini_mma::ROW_THREADS, HS <= 64 ? 3 : 1)
     if (threadIdx.x == 0) *partial = warp_sums[0] + warp_sums[1] + warp_sums[2] + warp_sums[3];
 }
 
-// dq += (dn·Mᵀ + dden·zᵀ)⊙Φ'(q), in dqkv (N, qkv_stride), and dmemories[read] = Φ(q)ᵀ[dden | dn] over the rows of a segment and the query heads of a kv head.
-// One block a segment and kv head; tiles of HS rows, 16 of which belong to each warp until the sum over the tile's rows.
+// dq = keep·dq + (dn·Mᵀ + dden·zᵀ)⊙Φ'(q), in dqkv (N, qkv_stride), and dmemories[read] = Φ(q)ᵀ[dden | dn] over the rows of a segment and the query heads of a
+// kv head. One block a segment and kv head; tiles of HS rows, 16 of which belong to each warp until the sum over the tile's rows.
 template <int HS>
 __global__ void __launch_bounds__(infini_mma::SUM_THREADS<HS>, HS <= 64   ? 3
                                                                : HS <= 96 ? 2
                                                                           : 1)
-    infini_query_backward_kernel3(InfiniPass p, const floatX* dn, const float* dden, floatX* dqkv, float* dmemories) {
+    infini_query_backward_kernel3(InfiniPass p, const float* beta, const floatX* dn, const float* dden, floatX* dqkv, float* dmemories) {
     using namespace infini_mma;
     constexpr int STAGES = QUERY_STAGES<HS>, TILE = HS * STRIDE<HS>;
     extern __shared__ int4 infini_shared[];
@@ -394,16 +346,16 @@ __global__ void __launch_bounds__(infini_mma::SUM_THREADS<HS>, HS <= 64   ? 3
     int kv = blockIdx.x % p.kv_heads, hs = p.hs, C = p.channels(), w0 = threadIdx.x / 32 * 16;
     const InfiniSegment s = p.segments[blockIdx.x / p.kv_heads];
     const float* memory = p.memory(s, kv);
-    if (!memory) return;
+    if (!memory && !p.gated_first) return;
 
-    int row_tiles = (int)ceil_div(s.q_len, HS), count = row_tiles * p.group();
+    int row_tiles = (int)ceil_div(s.q_len, HS), count = row_tiles * p.heads_per_kv();
     struct Rows {
         int head, n;  // how many of the warp's 16 rows are there; may be 0 or less
         int64_t row;
     };
     auto rows = [&](int i) -> Rows {
         int t = i % row_tiles * HS + w0;
-        return {kv * p.group() + i / row_tiles, s.q_len - t, (int64_t)s.row + t};
+        return {kv * p.heads_per_kv() + i / row_tiles, s.q_len - t, (int64_t)s.row + t};
     };
     auto load = [&](int i) {
         if (i < count) {
@@ -414,9 +366,10 @@ __global__ void __launch_bounds__(infini_mma::SUM_THREADS<HS>, HS <= 64   ? 3
             load_rows<HS, 16>(to + TILE, dn + r.row * C + r.head * hs, C, r.n, hs, lane(), 32);
             load_rows<HS, 16>(to + 2 * TILE, dqkv + r.row * p.qkv_stride() + r.head * hs, p.qkv_stride(), r.n, hs, lane(), 32);
             bool there = lane() < r.n;
-            if (lane() < 16) copy_async4(ddens + i % STAGES * HS + w0 + lane(), dden + r.head * p.num_tokens + r.row + (there ? lane() : 0), there);
+            if (lane() < 16)
+                copy_async4(shared_address(ddens + i % STAGES * HS + w0 + lane()), dden + r.head * p.num_tokens + r.row + (there ? lane() : 0), there);
         }
-        commit();
+        copy_async_commit();
     };
     if (STAGES == 2) load(0);
     load_memory<HS>(M, z, memory, hs);
@@ -425,9 +378,11 @@ __global__ void __launch_bounds__(infini_mma::SUM_THREADS<HS>, HS <= 64   ? 3
     float dM[HS / 8][4] = {}, dz[2] = {0, 0};  // rows w0 ... of the sum
     for (int i = 0; i < count; i++) {
         load(i + STAGES - 1);
-        wait<STAGES - 1>();
+        copy_async_wait<STAGES - 1>();
         __syncwarp();
         bf16 *q = tiles + i % STAGES * 3 * TILE, *numerators = q + TILE, *dq = q + 2 * TILE + w0 * STRIDE<HS>;
+        const Rows r = rows(i);
+        const float keep = p.keep(p.gate(s, beta[r.head]));
         const float* dd = ddens + i % STAGES * HS;
         {
             float dfeatures[HS / 8][4] = {};
@@ -436,27 +391,26 @@ __global__ void __launch_bounds__(infini_mma::SUM_THREADS<HS>, HS <= 64   ? 3
             for (int j = 0; j < HS / 8; j++)
 #pragma unroll
                 for (int k = 0; k < 2; k++) {
-                    int r = lane_row() + 8 * k, c = 8 * j + lane_column();
-                    uint32_t *at = pair(q, (w0 + r) * STRIDE<HS> + c), *to = pair(dq, r * STRIDE<HS> + c);
-                    float2 x = unpack(*at), f = {feature(x.x), feature(x.y)}, d = unpack(*to);
-                    *at = pack(f.x, f.y);
-                    d.x += (dfeatures[j][2 * k] + dd[w0 + r] * z[c]) * min(1.f, f.x);
-                    d.y += (dfeatures[j][2 * k + 1] + dd[w0 + r] * z[c + 1]) * min(1.f, f.y);
-                    *to = pack(d.x, d.y);
+                    int row = w0 + lane_row() + 8 * k, c = 8 * j + lane_column();
+                    uint32_t *at = pair(q, row * STRIDE<HS> + c), *to = pair(dq, (row - w0) * STRIDE<HS> + c);
+                    float2 x = unpack_bf16(*at), f = {feature(x.x), feature(x.y)}, d = unpack_bf16(*to);
+                    *at = pack_bf16(f.x, f.y);
+                    d.x = keep * d.x + (dfeatures[j][2 * k] + dd[row] * z[c]) * min(1.f, f.x);
+                    d.y = keep * d.y + (dfeatures[j][2 * k + 1] + dd[row] * z[c + 1]) * min(1.f, f.y);
+                    *to = pack_bf16(d.x, d.y);
                 }
         }
         __syncwarp();
-        Rows r = rows(i);
         store_rows<HS>(dqkv + r.row * p.qkv_stride() + r.head * hs, p.qkv_stride(), dq, r.n, hs);
         __syncthreads();
         if (s.read >= 0) {
 #pragma unroll
             for (int k = 0; k < HS / 16; k++) {
                 uint32_t a[4];
-                ldmatrix_transposed(a, by_columns<HS>(q, 16 * k, w0));  // features w0 ... of tokens 16k ...
+                load_matrices_transposed(a, by_columns<HS>(q, 16 * k, w0));  // features w0 ... of tokens 16k ...
 #pragma unroll
                 for (int j = 0; j < 4; j++) {
-                    float2 f = unpack(a[j]), d = *(const float2*)(dd + 16 * k + j / 2 * 8 + lane_column());
+                    float2 f = unpack_bf16(a[j]), d = *(const float2*)(dd + 16 * k + j / 2 * 8 + lane_column());
                     dz[j % 2] += f.x * d.x + f.y * d.y;
                 }
                 add_outer<HS>(dM, a, numerators, 16 * k);
@@ -493,23 +447,23 @@ __global__ void __launch_bounds__(infini_mma::SUM_THREADS<HS>, HS <= 64 ? 4 : 1)
             load_rows<HS, WRITE_TOKENS>(to, k, p.key_stride, s.k_len - t, hs, threadIdx.x, SUM_THREADS<HS>);
             load_rows<HS, WRITE_TOKENS>(to + TILE, k + p.kv_channels(), p.key_stride, s.k_len - t, hs, threadIdx.x, SUM_THREADS<HS>);
         }
-        commit();
+        copy_async_commit();
     };
     load(0);
     float own[HS / 8][4] = {}, z[2] = {0, 0};
     for (int t = 0; t < s.k_len; t += WRITE_TOKENS) {
         load(t + WRITE_TOKENS);
-        wait<1>();
+        copy_async_wait<1>();
         __syncthreads();
         const bf16 *k_tile = tiles + t / WRITE_TOKENS % 2 * 2 * TILE, *v_tile = k_tile + TILE;
 #pragma unroll
         for (int k = 0; k < WRITE_TOKENS / 16; k++) {
             uint32_t a[4];
-            ldmatrix_transposed(a, by_columns<HS>(k_tile, 16 * k, w0));  // features w0 ... of tokens 16k ...
+            load_matrices_transposed(a, by_columns<HS>(k_tile, 16 * k, w0));  // features w0 ... of tokens 16k ...
 #pragma unroll
             for (int j = 0; j < 4; j++) {
                 a[j] = feature(a[j]);
-                float2 f = unpack(a[j]);
+                float2 f = unpack_bf16(a[j]);
                 int token = t + 16 * k + j / 2 * 8 + lane_column();
                 z[j % 2] += (token < s.k_len ? f.x : 0) + (token + 1 < s.k_len ? f.y : 0);
             }
@@ -542,14 +496,14 @@ __global__ void __launch_bounds__(infini_mma::SUM_THREADS<HS>, HS <= 64 ? 4 : 1)
     const bf16* keys = p.keys + s.key_row * p.key_stride + kv * hs;
     auto load = [&](int t) {
         if (t < s.k_len) load_rows<HS, HS>(tiles + t / HS % 2 * TILE, keys + t * p.key_stride, p.key_stride, s.k_len - t, hs, threadIdx.x, SUM_THREADS<HS>);
-        commit();
+        copy_async_commit();
     };
     load(0);
     for (int c = threadIdx.x; c < HS; c += SUM_THREADS<HS>) z[c] = c < hs ? memory[c] : 0;
     float map[HS / 8][4] = {};
     for (int t = 0; t < s.k_len; t += HS) {
         load(t + HS);
-        wait<1>();
+        copy_async_wait<1>();
         __syncthreads();
         bf16* tile = tiles + t / HS % 2 * TILE;
         float den[2] = {0, 0};  // Φ takes the place of k, 16 tokens a warp
@@ -560,7 +514,7 @@ __global__ void __launch_bounds__(infini_mma::SUM_THREADS<HS>, HS <= 64 ? 4 : 1)
                 int c = 8 * j + lane_column();
                 uint32_t* at = pair(tile, (w0 + lane_row() + 8 * i) * STRIDE<HS> + c);
                 *at = feature(*at);
-                float2 f = unpack(*at);
+                float2 f = unpack_bf16(*at);
                 den[i] += f.x * z[c] + f.y * z[c + 1];
             }
 #pragma unroll
@@ -573,11 +527,11 @@ __global__ void __launch_bounds__(infini_mma::SUM_THREADS<HS>, HS <= 64 ? 4 : 1)
 #pragma unroll
         for (int k = 0; k < HS / 16; k++) {
             uint32_t a[4];
-            ldmatrix_transposed(a, by_columns<HS>(tile, 16 * k, w0));
+            load_matrices_transposed(a, by_columns<HS>(tile, 16 * k, w0));
 #pragma unroll
             for (int j = 0; j < 4; j++) {
-                float2 f = unpack(a[j]), d = *(const float2*)(inverse + 16 * k + j / 2 * 8 + lane_column());
-                a[j] = pack(f.x * d.x, f.y * d.y);
+                float2 f = unpack_bf16(a[j]), d = *(const float2*)(inverse + 16 * k + j / 2 * 8 + lane_column());
+                a[j] = pack_bf16(f.x * d.x, f.y * d.y);
             }
             add_outer<HS>(map, a, tile, 16 * k);
         }
@@ -601,7 +555,7 @@ __global__ void __launch_bounds__(infini_mma::SUM_THREADS<HS>, HS <= 64 ? 3 : 1)
     const bf16* keys = p.qkv + s.row * p.qkv_stride() + p.channels() + kv * hs;
     auto load = [&](int t, int stage) {
         if (t < s.q_len) load_rows<HS, 16>(tiles + stage * TILE, keys + t * p.qkv_stride(), p.qkv_stride(), s.q_len - t, hs, lane(), 32);
-        commit();
+        copy_async_commit();
     };
     load(w0, 0);
     load_memory<HS>(dM, z, dmemories + p.memory_at(s.write, kv), hs);
@@ -611,7 +565,7 @@ __global__ void __launch_bounds__(infini_mma::SUM_THREADS<HS>, HS <= 64 ? 3 : 1)
     float dz[HS / 16][4] = {};  // columns 16k + column + 0, 1, 8, 9, this thread's rows
     for (int t = w0, stage = 0; t < s.q_len; t += HS, stage ^= 1) {
         load(t + HS, stage ^ 1);
-        wait<1>();
+        copy_async_wait<1>();
         __syncwarp();
         uint32_t features[HS / 16][4];
         float inverse[2], dden[2] = {0, 0};
@@ -623,10 +577,10 @@ __global__ void __launch_bounds__(infini_mma::SUM_THREADS<HS>, HS <= 64 ? 3 : 1)
 #pragma unroll
             for (int k = 0; k < HS / 16; k++) {
                 uint32_t b[4];
-                ldmatrix_transposed(b, by_rows<HS>(dM, 16 * k, 16 * n));
+                load_matrices_transposed(b, by_rows<HS>(dM, 16 * k, 16 * n));
                 mma(dU[0], features[k], b[0], b[1]);
                 mma(dU[1], features[k], b[2], b[3]);
-                ldmatrix_transposed(b, by_rows<HS>(M, 16 * k, 16 * n));
+                load_matrices_transposed(b, by_rows<HS>(M, 16 * k, 16 * n));
                 mma(V[0], features[k], b[0], b[1]);
                 mma(V[1], features[k], b[2], b[3]);
             }
@@ -644,7 +598,7 @@ __global__ void __launch_bounds__(infini_mma::SUM_THREADS<HS>, HS <= 64 ? 3 : 1)
         for (int k = 0; k < HS / 16; k++)
 #pragma unroll
             for (int j = 0; j < 4; j++) {
-                float2 f = unpack(features[k][j]);
+                float2 f = unpack_bf16(features[k][j]);
                 dz[k][j / 2 * 2] += f.x * dden[j % 2];
                 dz[k][j / 2 * 2 + 1] += f.y * dden[j % 2];
             }
@@ -667,9 +621,10 @@ __global__ void __launch_bounds__(infini_mma::SUM_THREADS<HS>, HS <= 64 ? 3 : 1)
     }
 }
 
-// dk, dv of what full segments have written, += in dqkv (N, qkv_stride).
+// dk, dv = keep·(dk, dv) + what full segments have written, in dqkv (N, qkv_stride).
 template <int HS, bool DELTA>
-__global__ void __launch_bounds__(infini_mma::ROW_THREADS, HS <= 64 ? 2 : 1) infini_write_backward_kernel3(InfiniPass p, const float* dmemories, floatX* dqkv) {
+__global__ void __launch_bounds__(infini_mma::ROW_THREADS, HS <= 64 ? 2 : 1)
+    infini_write_backward_kernel3(InfiniPass p, const float* beta, const float* dmemories, floatX* dqkv) {
     using namespace infini_mma;
     constexpr int STAGES = WRITE_BACKWARD_STAGES<HS>, TILE = 16 * STRIDE<HS>;
     extern __shared__ int4 infini_shared[];
@@ -678,8 +633,10 @@ __global__ void __launch_bounds__(infini_mma::ROW_THREADS, HS <= 64 ? 2 : 1) inf
     bf16* tiles = (bf16*)(z + (DELTA ? HS : 0)) + threadIdx.x / 32 * (STAGES * 4 * TILE);  // k, v, dk, dv for each stage
     int kv = blockIdx.x % p.kv_heads, hs = p.hs;
     const InfiniSegment s = p.segments[blockIdx.x / p.kv_heads];
-    if (s.write < 0 || s.last || (int)blockIdx.y * BLOCK_ROWS >= s.q_len) return;
-    const float* before = DELTA ? p.memory(s, kv) : nullptr;
+    const bool written = s.write >= 0 && !s.last;
+    const float keep = p.keep(p.gate(s, beta[kv]));
+    if ((!written && keep == 1) || (int)blockIdx.y * BLOCK_ROWS >= s.q_len) return;
+    const float* before = DELTA && written ? p.memory(s, kv) : nullptr;
 
     int first = blockIdx.y * BLOCK_ROWS + threadIdx.x / 32 * 16, step = gridDim.y * BLOCK_ROWS;
     int64_t stride = p.qkv_stride(), to_v = p.kv_channels();
@@ -692,10 +649,10 @@ __global__ void __launch_bounds__(infini_mma::ROW_THREADS, HS <= 64 ? 2 : 1) inf
             load_rows<HS, 16>(to + 2 * TILE, dqkv + at, stride, s.q_len - t, hs, lane(), 32);
             load_rows<HS, 16>(to + 3 * TILE, dqkv + at + to_v, stride, s.q_len - t, hs, lane(), 32);
         }
-        commit();
+        copy_async_commit();
     };
     if (STAGES == 2) load(first, 0);
-    load_memory<HS>(dM, dz, dmemories + p.memory_at(s.write, kv), hs);
+    load_memory<HS>(dM, dz, written ? dmemories + p.memory_at(s.write, kv) : nullptr, hs);
     if (before) load_memory<HS>(M, z, before, hs);
     __syncthreads();
     for (int t = first, stage = 0; t < s.q_len; t += step, stage = (stage + 1) % STAGES) {
@@ -703,7 +660,7 @@ __global__ void __launch_bounds__(infini_mma::ROW_THREADS, HS <= 64 ? 2 : 1) inf
             load(t + step, stage ^ 1);
         else
             load(t, 0);
-        wait<STAGES - 1>();
+        copy_async_wait<STAGES - 1>();
         __syncwarp();
         bf16 *k = tiles + stage * 4 * TILE, *v = k + TILE, *dk = v + TILE, *dv = dk + TILE;
         uint32_t features[HS / 16][4];
@@ -715,8 +672,8 @@ __global__ void __launch_bounds__(infini_mma::ROW_THREADS, HS <= 64 ? 2 : 1) inf
 #pragma unroll
             for (int i = 0; i < 2; i++) {
                 uint32_t* at = pair(dv, (lane_row() + 8 * i) * STRIDE<HS> + 8 * j + lane_column());
-                float2 x = unpack(*at);
-                *at = pack(x.x + d[j][2 * i], x.y + d[j][2 * i + 1]);
+                float2 x = unpack_bf16(*at);
+                *at = pack_bf16(keep * x.x + d[j][2 * i], keep * x.y + d[j][2 * i + 1]);
             }
         if (before) {
             float inverse[2];
@@ -727,7 +684,7 @@ __global__ void __launch_bounds__(infini_mma::ROW_THREADS, HS <= 64 ? 2 : 1) inf
 #pragma unroll
                 for (int m = 0; m < HS / 16; m++) {
                     uint32_t b[4];
-                    ldmatrix_transposed(b, by_rows<HS>(M, 16 * m, 16 * n));
+                    load_matrices_transposed(b, by_rows<HS>(M, 16 * m, 16 * n));
                     mma(V[0], features[m], b[0], b[1]);
                     mma(V[1], features[m], b[2], b[3]);
                 }
@@ -736,10 +693,10 @@ __global__ void __launch_bounds__(infini_mma::ROW_THREADS, HS <= 64 ? 2 : 1) inf
 #pragma unroll
                     for (int i = 0; i < 2; i++) {
                         uint32_t* at = pair(v, (lane_row() + 8 * i) * STRIDE<HS> + 16 * n + 8 * j + lane_column());
-                        float2 x = unpack(*at);
+                        float2 x = unpack_bf16(*at);
                         float V0 = V[j][2 * i] * inverse[i], V1 = V[j][2 * i + 1] * inverse[i];
                         dden[i] += d[2 * n + j][2 * i] * V0 + d[2 * n + j][2 * i + 1] * V1;
-                        *at = pack(x.x - V0, x.y - V1);
+                        *at = pack_bf16(x.x - V0, x.y - V1);
                     }
             }
 #pragma unroll
@@ -749,7 +706,7 @@ __global__ void __launch_bounds__(infini_mma::ROW_THREADS, HS <= 64 ? 2 : 1) inf
             for (int j = 0; j < HS / 8; j++)  // dn takes the place of k
 #pragma unroll
                 for (int i = 0; i < 2; i++)
-                    *pair(k, (lane_row() + 8 * i) * STRIDE<HS> + 8 * j + lane_column()) = pack(-inverse[i] * d[j][2 * i], -inverse[i] * d[j][2 * i + 1]);
+                    *pair(k, (lane_row() + 8 * i) * STRIDE<HS> + 8 * j + lane_column()) = pack_bf16(-inverse[i] * d[j][2 * i], -inverse[i] * d[j][2 * i + 1]);
             __syncwarp();
             set_zero<HS>(d);
             times_transposed<HS>(d, k, 0, M);
@@ -763,10 +720,10 @@ __global__ void __launch_bounds__(infini_mma::ROW_THREADS, HS <= 64 ? 2 : 1) inf
             for (int i = 0; i < 2; i++) {
                 int c = 8 * j + lane_column();
                 uint32_t* at = pair(dk, (lane_row() + 8 * i) * STRIDE<HS> + c);
-                float2 x = unpack(*at), f = unpack(features[j / 2][j % 2 * 2 + i]);
+                float2 x = unpack_bf16(*at), f = unpack_bf16(features[j / 2][j % 2 * 2 + i]);
                 float d0 = d[j][2 * i] + dz[c], d1 = d[j][2 * i + 1] + dz[c + 1];
                 if (before) d0 += dden[i] * z[c], d1 += dden[i] * z[c + 1];
-                *at = pack(x.x + d0 * min(1.f, f.x), x.y + d1 * min(1.f, f.y));
+                *at = pack_bf16(keep * x.x + d0 * min(1.f, f.x), keep * x.y + d1 * min(1.f, f.y));
             }
         __syncwarp();
         int64_t at = (s.row + t) * stride + p.channels() + kv * hs;

@@ -9,13 +9,15 @@
 // Shapes: x, y, dx, dy (N,C) with rows a stride apart, w, b (C), mean, rstd (N) float32, dw, db (C) float32. C up to 65536.
 // These are all bound by memory: a pass should read each row once and write it once. How the kernels came about: dev/cuda/layernorm.cu.
 //
-// Rows that start on multiples of 16 bytes and fit take the kernels 4, which keep what they read in registers. All others take the kernels 3 (a warp a row,
-// read again for each use), by 16-byte accesses where these are possible, by single numbers where not.
+// Rows that start on multiples of 16 bytes and fit take the kernels 4 and 5, which keep what they read in registers. All others take the kernels 3 (a warp a
+// row, read again for each use), by 16-byte accesses where these are possible, by single numbers where not.
 #pragma once
 
 #include <algorithm>
 
+#include "bias.cuh"
 #include "common.cuh"
+#include "hopper.cuh"
 #include "numbers.cuh"
 
 namespace gpu {
@@ -247,44 +249,68 @@ __global__ void norm_columns_kernel3(float* partial, const floatX* dy, int64_t d
     if constexpr (CENTRED) store_numbers<W>(sums + C, db);
 }
 
-// Both in one pass. A thread owns one vector of columns, for all rows of its block: w and the sums for dw, db stay in its registers. blockDim.x threads (whole
-// warps) make a row, blockDim.y such groups make a block; each group takes ROWS rows at a time, so that many reads are under way and one barrier serves them
-// all. The grid is as large as the GPU holds at once; each group writes one partial row. dx may be dy.
-constexpr int NORM_BACKWARD_THREADS = 512;  // at most: so many vectors a row may have
-constexpr int NORM_BACKWARD_ROWS = 2;       // more would not fit the registers
+// Both in one pass. A thread owns one vector of columns, for all rows of its group: w and the sums for dw, db and the columns of dx stay in its registers.
+// blockDim.x threads (whole warps) make a row, blockDim.y such groups a block, one block fills a multiprocessor. A group takes ROWS rows at a time, so that one
+// barrier of its warps serves them all; what it reads of the next rows is on its way into shared memory meanwhile, STAGES deep: each thread fetches what it
+// will itself use, so that needs no barrier. At the end the groups' sums are added up, and all blocks' (bias.cuh). dx may be dy.
+constexpr int NORM_BACKWARD_THREADS = 640;  // at most: so many vectors a row may have
+constexpr int NORM_BACKWARD_ROWS = 2, NORM_BACKWARD_STAGES = 3;
 template <bool CENTRED>
-__global__ void __launch_bounds__(NORM_BACKWARD_THREADS)
-    norm_backward_kernel4(floatX* dx, int64_t dx_stride, bool accumulate, float* partial, const floatX* dy, int64_t dy_stride, const floatX* x,
+__global__ void __launch_bounds__(NORM_BACKWARD_THREADS, 1)
+    norm_backward_kernel5(floatX* dx, int64_t dx_stride, bool accumulate, ColumnSums sums, float* partial, const floatX* dy, int64_t dy_stride, const floatX* x,
                           int64_t x_stride, const float* mean, const float* rstd, const floatX* w, int64_t N, int C) {
-    constexpr int W = Packed<floatX>::size, ROWS = NORM_BACKWARD_ROWS;
+    constexpr int W = Packed<floatX>::size, ROWS = NORM_BACKWARD_ROWS, STAGES = NORM_BACKWARD_STAGES;
+    extern __shared__ int4 ring[];                                  // [stage][row][dy, x, dx if it is added to][thread]
     __shared__ float2 shared[2][NORM_BACKWARD_THREADS / 32][ROWS];  // [round % 2][warp][row]: Σ t, Σ t⊙x̂
-    int lane = threadIdx.x % 32, warps = blockDim.x / 32, first_warp = threadIdx.y * warps, c = threadIdx.x * W;
+    int lane = threadIdx.x % 32, warps = blockDim.x / 32, first_warp = threadIdx.y * warps, c = threadIdx.x * W, arrays = 2 + accumulate;
+    int threads = blockDim.x * blockDim.y, thread = threadIdx.y * blockDim.x + threadIdx.x;
     bool mine = c < C;
-    int64_t group = (int64_t)blockIdx.x * blockDim.y + threadIdx.y, groups = (int64_t)gridDim.x * blockDim.y;
+    int group = blockIdx.x * blockDim.y + threadIdx.y, groups = gridDim.x * blockDim.y, rows = (int)N;
     float share = 1.0f / C;
     Packed<floatX> weight = load_packed_if(mine, w + c);
-    Numbers<W> dw, db;
+    Numbers<W> dw, db, dx_sum;
 
-    // All groups of a block make the same number of rounds, because of the barrier: the condition looks at the block's first group.
-    int round = 0;
-    for (int64_t chunk = group; (chunk - threadIdx.y) * ROWS < N; chunk += groups, round ^= 1) {
-        Packed<floatX> g[ROWS], u[ROWS], d[ROWS];
-        float m[ROWS], r[ROWS];
+    auto slot = [&](int stage, int i, int array) { return ring + ((stage * ROWS + i) * arrays + array) * threads + thread; };
+    auto fetch = [&](int chunk, int stage) {
 #pragma unroll
         for (int i = 0; i < ROWS; i++) {
-            int64_t n = chunk * ROWS + i;
-            bool there = mine && n < N;
-            g[i] = load_packed_if(there, dy + n * dy_stride + c);
-            u[i] = load_packed_if(there, x + n * x_stride + c);
-            d[i] = load_packed_if(there && accumulate, dx + n * dx_stride + c);
-            m[i] = CENTRED && n < N ? mean[n] : 0;
-            r[i] = n < N ? rstd[n] : 0;
+            int n = chunk * ROWS + i;
+            bool there = mine && n < rows;
+            if (!there) n = 0;
+            copy_async16(shared_address(slot(stage, i, 0)), dy + n * dy_stride + (mine ? c : 0), there);
+            copy_async16(shared_address(slot(stage, i, 1)), x + n * x_stride + (mine ? c : 0), there);
+            if (accumulate) copy_async16(shared_address(slot(stage, i, 2)), dx + n * dx_stride + (mine ? c : 0), there);
         }
+        copy_async_commit();
+    };
+    float next_m[ROWS], next_r[ROWS];
+    auto fetch_statistics = [&](int chunk) {
+#pragma unroll
+        for (int i = 0; i < ROWS; i++) {
+            int n = chunk * ROWS + i;
+            next_m[i] = CENTRED && n < rows ? mean[n] : 0;
+            next_r[i] = n < rows ? rstd[n] : 0;
+        }
+    };
+
+#pragma unroll
+    for (int s = 0; s < STAGES - 1; s++) fetch(group + s * groups, s);
+    fetch_statistics(group);
+    int round = 0, stage = 0;
+    for (int chunk = group; chunk * ROWS < rows; chunk += groups, round ^= 1) {
+        fetch(chunk + (STAGES - 1) * groups, stage == 0 ? STAGES - 1 : stage - 1);
+        float m[ROWS], r[ROWS];
+        for (int i = 0; i < ROWS; i++) m[i] = next_m[i], r[i] = next_r[i];
+        fetch_statistics(chunk + groups);
+        copy_async_wait<STAGES - 1>();
 
         // Rows and columns that are not there are zeros and add nothing.
+        Packed<floatX> g[ROWS], u[ROWS];
         float t[ROWS] = {}, tx[ROWS] = {};
 #pragma unroll
         for (int i = 0; i < ROWS; i++) {
+            g[i] = *(Packed<floatX>*)slot(stage, i, 0);
+            u[i] = *(Packed<floatX>*)slot(stage, i, 1);
 #pragma unroll
             for (int k = 0; k < W; k++) {
                 float xhat = (u[i][k] - m[i]) * r[i], tk = g[i][k] * weight[k];
@@ -300,7 +326,7 @@ __global__ void __launch_bounds__(NORM_BACKWARD_THREADS)
             // Two buffers in turn: who writes one of them again has passed the barrier of the round between, so all have read it.
             for (int i = 0; i < ROWS; i++)
                 if (lane == 0) shared[round][first_warp + threadIdx.x / 32][i] = make_float2(t[i], tx[i]);
-            __syncthreads();
+            named_barrier(1 + threadIdx.y, blockDim.x);
             for (int i = 0; i < ROWS; i++) t[i] = tx[i] = 0;
             for (int k = 0; k < warps; k++)
                 for (int i = 0; i < ROWS; i++) {
@@ -312,23 +338,44 @@ __global__ void __launch_bounds__(NORM_BACKWARD_THREADS)
 
 #pragma unroll
         for (int i = 0; i < ROWS; i++) {
-            int64_t n = chunk * ROWS + i;
-            if (!mine || n >= N) continue;
+            int n = chunk * ROWS + i;
+            if (!mine || n >= rows) continue;
             forget(g[i]), forget(u[i]);
             float mean_t = CENTRED ? t[i] * share : 0, mean_tx = tx[i] * share;
-            Packed<floatX> out;
+            Packed<floatX> before, out;
+            if (accumulate) before = *(Packed<floatX>*)slot(stage, i, 2);
 #pragma unroll
             for (int k = 0; k < W; k++) {
-                float xhat = (u[i][k] - m[i]) * r[i];
-                out.set(k, d[i][k] + r[i] * (g[i][k] * weight[k] - mean_t - xhat * mean_tx));
+                float xhat = (u[i][k] - m[i]) * r[i], d = r[i] * (g[i][k] * weight[k] - mean_t - xhat * mean_tx);
+                if (accumulate) d += before[k];
+                dx_sum[k] += d;
+                out.set(k, d);
             }
             store_packed(dx + n * dx_stride + c, out);
         }
+        if (++stage == STAGES) stage = 0;
     }
-    if (!mine) return;
-    float* sums = partial + group * norm_sums<CENTRED> * C + c;
-    store_numbers<W>(sums, dw);
-    if constexpr (CENTRED) store_numbers<W>(sums + C, db);
+
+    // The ring serves for the groups' sums, (groups, columns).
+    int columns = norm_sums<CENTRED> * C + (sums.third ? C : 0);
+    float* group_sums = (float*)ring;
+    copy_async_wait_all();
+    __syncthreads();
+    if (mine) {
+        float* to = group_sums + threadIdx.y * columns + c;
+        store_numbers<W>(to, dw);
+        if constexpr (CENTRED) {
+            store_numbers<W>(to + C, db);
+            if (sums.third) store_numbers<W>(to + 2 * C, dx_sum);
+        }
+    }
+    __syncthreads();
+    for (int j = thread; j < columns; j += threads) {
+        float total = 0;
+        for (int y = 0; y < blockDim.y; y++) total += group_sums[y * columns + j];
+        partial[(int64_t)blockIdx.x * columns + j] = total;
+    }
+    add_partial_rows(sums, partial, gridDim.x, columns, C);
 }
 
 template <bool CENTRED>
@@ -355,38 +402,41 @@ inline void norm_backward3(cudaStream_t stream, floatX* dx, int64_t dx_stride, b
     LAUNCH_CHECK();
 }
 
+// dx_sums: Σ_n dx_n is added to it as well, or null. For LayerNorm alone.
 template <bool CENTRED>
-inline void norm_backward(cudaStream_t stream, floatX* dx, int64_t dx_stride, bool accumulate, float* dw, float* db, const floatX* dy, int64_t dy_stride,
-                          const floatX* x, int64_t x_stride, const float* mean, const float* rstd, const floatX* w, int64_t N, int64_t C) {
+inline void norm_backward(cudaStream_t stream, floatX* dx, int64_t dx_stride, bool accumulate, float* dw, float* db, float* dx_sums, const floatX* dy,
+                          int64_t dy_stride, const floatX* x, int64_t x_stride, const float* mean, const float* rstd, const floatX* w, int64_t N, int64_t C) {
     constexpr int W = Packed<floatX>::size;
+    if (N == 0) return;
     bool aligned =
         C % W == 0 && dx_stride % W == 0 && dy_stride % W == 0 && x_stride % W == 0 && aligned16(dx) && aligned16(dy) && aligned16(x) && aligned16(w);
-    if (!aligned || C > NORM_BACKWARD_THREADS * W) {
+    int row = (int)round_up(ceil_div(C, W), 32), thread_bytes = NORM_BACKWARD_STAGES * NORM_BACKWARD_ROWS * (2 + accumulate) * 16;
+    int most = std::min<int64_t>(NORM_BACKWARD_THREADS, ((int64_t)device_properties().sharedMemPerBlockOptin - 8192) / thread_bytes);
+    if (!aligned || row > most) {
         (aligned ? norm_backward3<CENTRED, W> : norm_backward3<CENTRED, 1>)(stream, dx, dx_stride, accumulate, dw, db, dy, dy_stride, x, x_stride, mean, rstd,
                                                                             w, N, C);
+        if (dx_sums) bias_backward(stream, dx_sums, dx, N, C, dx_stride);
         return;
     }
-    int threads = (int)round_up(C / W, 32), groups = std::max(1, 256 / threads), resident;
-    CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, norm_backward_kernel4<CENTRED>, threads * groups, 0));
-    int64_t blocks = std::min<int64_t>(
-        {ceil_div(N, NORM_BACKWARD_ROWS * groups), (int64_t)resident * device_properties().multiProcessorCount, norm_partial_rows<CENTRED>(C) / groups});
-    norm_backward_kernel4<CENTRED><<<(unsigned)blocks, dim3(threads, groups), 0, stream>>>(dx, dx_stride, accumulate, (float*)workspace(), dy, dy_stride, x,
-                                                                                           x_stride, mean, rstd, w, N, (int)C);
-    LAUNCH_CHECK();
-    norm_sum<CENTRED>(stream, dw, db, blocks * groups, C);
+    int groups = most / row, threads = row * groups, bytes = threads * thread_bytes;
+    allow_shared_memory(norm_backward_kernel5<CENTRED>, bytes);
+    int64_t blocks = std::min(ceil_div(N, NORM_BACKWARD_ROWS * groups), resident_blocks(norm_backward_kernel5<CENTRED>, threads, bytes));
+    launch_together(norm_backward_kernel5<CENTRED>, blocks, dim3(row, groups), bytes, stream, dx, dx_stride, accumulate, ColumnSums{dw, db, dx_sums},
+                    (float*)workspace(), dy, dy_stride, x, x_stride, mean, rstd, w, N, C);
 }
 
 // dx (N,C) = (accumulate: +=) ..., dw, db (C) +=; dy, x (N,C), mean, rstd (N) as the forward pass left them, w (C). cpu::layernorm_backward.
+// dx_sums (C) or null: += Σ_n dx_n, of dx as it is in the end. Where dx is the gradient of a linear layer's output, this is the layer's bias gradient.
 inline void layernorm_backward(cudaStream_t stream, floatX* dx, bool accumulate, float* dw, float* db, const floatX* dy, const floatX* x, const float* mean,
-                               const float* rstd, const floatX* w, int64_t N, int64_t C) {
-    norm_backward<true>(stream, dx, C, accumulate, dw, db, dy, C, x, C, mean, rstd, w, N, C);
+                               const float* rstd, const floatX* w, int64_t N, int64_t C, float* dx_sums = nullptr) {
+    norm_backward<true>(stream, dx, C, accumulate, dw, db, dx_sums, dy, C, x, C, mean, rstd, w, N, C);
 }
 
 // du (N,C) with rows du_stride apart, dgain (C) +=; dy, u (N,C) with strides, rstd (N) as the forward pass left it, gain (C). du may be dy.
 // cpu::rmsnorm_backward.
 inline void rmsnorm_backward(cudaStream_t stream, floatX* du, int64_t du_stride, float* dgain, const floatX* dy, int64_t dy_stride, const floatX* u,
                              int64_t u_stride, const float* rstd, const floatX* gain, int64_t N, int64_t C) {
-    norm_backward<false>(stream, du, du_stride, false, dgain, nullptr, dy, dy_stride, u, u_stride, nullptr, rstd, gain, N, C);
+    norm_backward<false>(stream, du, du_stride, false, dgain, nullptr, nullptr, dy, dy_stride, u, u_stride, nullptr, rstd, gain, N, C);
 }
 
 }  // namespace gpu

@@ -21,16 +21,20 @@
 // Two schemes, as on the CPU. Sequential: a block takes a sequence and head from end to end, S in registers; each row is read once. Parallel: sequences
 // are cut into *spans* of a few hundred tokens. What each span adds to the state (b and d are read), a scan over the spans, then all spans at once, each
 // from its own state. That reads b and d twice, but fills the GPU when sequences and heads are few. Between spans states are float32 numbers in scratch
-// memory, hs/512 of them for each number of o at the most. Backward computes them again.
+// memory, hs/512 of them for each number of o at the most. Backward computes them again; but the states before chunks, which Hopper's backward works from,
+// forward can leave.
 //
-//   lightning_sweep_kernel1   token by token: any head size                                               (lightning_sweep.cuh)
-//   lightning_sweep_kernel2   chunks, float32 arithmetic: head sizes up to some 250                       (lightning_sweep.cuh)
-//   lightning_sweep_kernel3   chunks, tensor cores: bf16, head sizes up to 128 that are multiples of 8    (lightning_tensor_cores.cuh)
+//   lightning_sweep_kernel1      token by token: any head size                                               (lightning_sweep.cuh)
+//   lightning_sweep_kernel2      chunks, float32 arithmetic: head sizes up to some 250                       (lightning_sweep.cuh)
+//   lightning_sweep_kernel3      chunks, tensor cores: bf16, head sizes up to 128 that are multiples of 8    (lightning_tensor_cores.cuh)
+//   lightning_forward_kernel5    the same for Hopper; can leave the states before its chunks for backward    (lightning_hopper.cuh)
+//   lightning_backward_kernel6   all gradients by one sweep, for Hopper, which needs these states            (lightning_hopper.cuh)
 //
 // The numbers are those of the ladders dev/cuda/lightning_forward.cu, lightning_backward.cu and lightning_gate.cu, which say what was tried and expected.
 #pragma once
 
 #include "lightning_gate.cuh"
+#include "lightning_hopper.cuh"
 #include "lightning_sweep.cuh"
 #include "lightning_tensor_cores.cuh"
 
@@ -40,8 +44,8 @@ namespace gpu {
 // 1. States between spans, and at the ends
 
 // borders hold what every span but a sequence's last adds, and become the states behind these spans: S_i = λ^span·S_{i−1} + own_i. A block has 256 numbers
-// of the state of a sequence and head.
-__global__ void lightning_scan_kernel(Lightning g, bool transposed) {
+// of the state of a sequence and head. `backwards`: every span but a sequence's first adds to the state before it, D_i = λ^span·D_{i+1} + own_i.
+__global__ void lightning_scan_kernel(Lightning g, bool transposed, bool backwards) {
     int h = blockIdx.x % g.heads, hs = g.hs;
     int64_t e = (int64_t)blockIdx.y * blockDim.x + threadIdx.x, step = g.heads * g.head_state();
     LightningSpan q;
@@ -52,18 +56,19 @@ __global__ void lightning_scan_kernel(Lightning g, bool transposed) {
     float factor = (float)exp(-g.slope(h) * g.span);
     const float* start = g.start(q.seq, h);
     float S = !start ? 0 : transposed ? start[e % hs * hs + e / hs] : start[e];
-    float* at = g.border(q, 0, h) + e;
-    for (int i = 0; i < borders; i += 8) {  // eight loads on their way at a time
-        float own[8];
+    float* at = g.border(q, backwards ? borders - 1 : 0, h) + e;
+    if (backwards) step = -step;
+    for (int i = 0; i < borders; i += 16) {  // sixteen loads on their way at a time
+        float own[16];
 #pragma unroll
-        for (int j = 0; j < 8; j++) own[j] = i + j < borders ? at[j * step] : 0;
+        for (int j = 0; j < 16; j++) own[j] = i + j < borders ? at[j * step] : 0;
 #pragma unroll
-        for (int j = 0; j < 8; j++) {
+        for (int j = 0; j < 16; j++) {
             if (i + j >= borders) break;
             S = factor * S + own[j];
             at[j * step] = S;
         }
-        at += 8 * step;
+        at += 16 * step;
     }
 }
 
@@ -97,9 +102,24 @@ __global__ void lightning_starts_kernel(const float** starts, float* copies, con
 
 constexpr int LIGHTNING_MIN_SPAN = 512, LIGHTNING_MAX_SPAN = 2048;
 
-// Bytes of scratch memory that the recurrence over N tokens takes, forward or backward.
-inline int64_t lightning_recurrence_scratch(const AttentionConfig& a, int64_t N) {
-    return scratch_bytes({N / LIGHTNING_MIN_SPAN * a.channels * a.head_size() * (int64_t)sizeof(float)});
+// Whether Hopper's kernels are used.
+inline bool lightning_hopper(int hs) {
+#ifdef GPU_FLOAT32
+    (void)hs;
+    return false;
+#else
+    return hs % 8 == 0 && hs <= 128 && hopper_code();
+#endif
+}
+// Numbers (floatX) of the states before chunks, which forward leaves for Hopper's backward if it is given a place: hs/64 for each number of o.
+inline int64_t lightning_states(const AttentionConfig& a, int64_t N) {
+    return lightning_hopper(a.head_size()) ? std::max<int64_t>(N / 64, 1) * a.channels * a.head_size() : 0;
+}
+
+// Bytes of scratch memory that the recurrence over N tokens takes, forward or backward; `states_left`: backward is given what forward has left.
+inline int64_t lightning_recurrence_scratch(const AttentionConfig& a, int64_t N, bool states_left = false) {
+    int64_t borders = N / LIGHTNING_MIN_SPAN * a.channels * a.head_size() * (int64_t)sizeof(float);
+    return scratch_bytes({borders, states_left ? 0 : lightning_states(a, N) * (int64_t)sizeof(floatX)});
 }
 
 inline int64_t lightning_shared_limit() { return (int64_t)device_properties().sharedMemPerBlockOptin; }
@@ -123,9 +143,10 @@ inline void lightning_with_padded_head_size(int hs, F f) {
 
 // How a sweep is to be done: by which kernel, in which scheme, and whether pairs are taken at once. What is not possible is replaced by what is.
 struct LightningMethod {
-    int kernel = 3;
+    int kernel = 3;  // the portable one
     LightningScheme scheme = SCHEME_AUTO;
     bool pairs = true;
+    bool hopper = true;  // Hopper's instead, where it can be used
 };
 
 // The kernel for a sweep, how its blocks look, and how many of them a multiprocessor holds.
@@ -133,6 +154,7 @@ struct LightningPlan {
     int kernel = 0, chunk = 0, columns = 0;
     int64_t shared = 0;
     int most_blocks = 4;  // that a multiprocessor's registers have room for
+    int waves = 3;        // so many times what the GPU holds should share the work
     int column_blocks(int hs) const { return (int)ceil_div(hs, columns); }
     int64_t resident() const { return std::clamp<int64_t>((int64_t)device_properties().sharedMemPerMultiprocessor / (shared + 1024), 1, most_blocks); }
 };
@@ -173,13 +195,13 @@ inline LightningPlan lightning_plan(const Lightning& g, const LightningSweep& w,
 }
 
 // Tokens a span, 0: the sequential scheme. That one reads everything once, but has only a block for each sequence and head: it is chosen if these fill two
-// thirds of the GPU, or if no sequence is long enough to be cut. Otherwise spans are so long that three times as many blocks as the GPU holds, and no more,
-// share the work.
+// thirds of the GPU, or if no sequence is long enough to be cut. Otherwise spans are so long that plan.waves times as many blocks as the GPU holds, and no
+// more, share the work.
 inline int lightning_span(const Lightning& g, const LightningPlan& plan, LightningScheme scheme) {
     if (plan.kernel == 1 || scheme == SCHEME_SEQUENTIAL || g.max_len <= LIGHTNING_MIN_SPAN) return 0;
     int64_t work = g.tokens * g.heads * plan.column_blocks(g.hs), resident = device_properties().multiProcessorCount * plan.resident();
     if (scheme == SCHEME_AUTO && 3 * (work / g.max_len) >= 2 * resident) return 0;
-    int64_t span = std::clamp<int64_t>(round_up(ceil_div(work, 3 * resident), 64), LIGHTNING_MIN_SPAN, LIGHTNING_MAX_SPAN);
+    int64_t span = std::clamp<int64_t>(round_up(ceil_div(work, plan.waves * resident), 64), LIGHTNING_MIN_SPAN, LIGHTNING_MAX_SPAN);
     return span >= g.max_len ? 0 : (int)span;
 }
 
@@ -231,7 +253,7 @@ inline void lightning_sweep(cudaStream_t stream, Lightning g, LightningSweep w, 
     g.borders = scratch.take<float>(g.tokens / g.span * g.heads * g.head_state());
     dim3 grid((unsigned)(g.num_seqs * g.heads), (unsigned)ceil_div(g.head_state(), 256));
     lightning_launch(stream, g, w, plan, true);
-    lightning_scan_kernel<<<grid, 256, 0, stream>>>(g, w.transposed);
+    lightning_scan_kernel<<<grid, 256, 0, stream>>>(g, w.transposed, false);
     LAUNCH_CHECK();
     lightning_launch(stream, g, w, plan, false);
     if (!g.memory_to && !g.states) return;
@@ -239,20 +261,131 @@ inline void lightning_sweep(cudaStream_t stream, Lightning g, LightningSweep w, 
     LAUNCH_CHECK();
 }
 
-// o (N,C) from u (N,3C), and the states that g.memory_to or g.states point at. cpu::lightning_recurrence_forward.
-inline void lightning_recurrence_forward(cudaStream_t stream, const Lightning& g, const floatX* u, floatX* o, Scratch scratch, const LightningMethod& method) {
+#ifndef GPU_FLOAT32
+// Hopper's kernels and what they need, for one pass.
+struct LightningHopper {
+    cudaStream_t stream;
+    Lightning g, d;  // of the sweeps from the first chunk to the last, and of those back
+    LightningMaps maps;
+
+    // u (N,3C); `states` (lightning_states() numbers): S before chunks, or null; d_o (N,C) and du (N,3C), or in the forward pass null and o (N,C).
+    LightningHopper(cudaStream_t stream, const Lightning& pass, const floatX* u, const floatX* states, const floatX* d_o, const floatX* out,
+                    LightningScheme scheme)
+        : stream(stream), g(pass), d(pass) {
+        int64_t C = g.channels(), hs = g.hs, N = g.tokens, count = std::max<int64_t>(N / 64, 1) * g.heads, parts = d_o ? 3 : 1;
+        maps.u = tensor_map<3>(u, {hs, 3 * g.heads, N}, {hs, 3 * C}, {64, 1, 64});
+        maps.d_o = d_o ? tensor_map<3>(d_o, {hs, g.heads, N}, {hs, C}, {64, 1, 64}) : maps.u;
+        maps.out = tensor_map<4>(out, {hs, parts * g.heads, N, 1}, {hs, parts * C, parts * C * N}, {64, 1, 64, 1});
+        maps.states = states ? tensor_map<4>(states, {hs, hs, count, 1}, {hs, hs * hs, hs * hs * count}, {64, 64, 1, 1}) : maps.u;
+        LightningPlan plan;
+        plan.kernel = 3;
+        plan.columns = (int)hs;
+        plan.waves = 2;
+        with_size([&](auto HS) {
+            using Shape = lightning_wgmma::Shape<HS.value>;
+            plan.shared = d_o ? Shape::BACKWARD_SHARED : Shape::FORWARD_SHARED;
+            plan.most_blocks = Shape::BLOCKS;
+        });
+        g.span = d.span = lightning_span(g, plan, scheme);
+        d.memory_from = nullptr;
+    }
+    static bool takes(const Lightning& g, const floatX* u, const floatX* d_o, const floatX* out) {
+        return lightning_hopper(g.hs) && g.num_seqs > 0 && g.tokens > 0 && aligned16(u) && aligned16(d_o) && aligned16(out);
+    }
+    template <class F>
+    void with_size(F f) const {
+        if (g.hs <= 64)
+            f(std::integral_constant<int, 64>());
+        else
+            f(std::integral_constant<int, 128>());
+    }
+    template <class... Arguments>
+    void launch(void (*kernel)(Arguments...), int threads, int shared, std::common_type_t<Arguments>... arguments) const {
+        allow_shared_memory(kernel, shared);
+        kernel<<<(unsigned)(g.slots() * g.heads), threads, shared, stream>>>(arguments...);
+        LAUNCH_CHECK();
+    }
+    dim3 by_states() const { return dim3((unsigned)(g.num_seqs * g.heads), (unsigned)ceil_div(g.head_state(), 256)); }
+    void sweep(bool backwards, bool chunks) const {
+        with_size([&](auto HS) {
+            using Shape = lightning_wgmma::Shape<HS.value>;
+            launch(lightning_states_kernel6<HS.value>, Shape::THREADS, Shape::STATES_SHARED, backwards ? d : g, maps, backwards, chunks);
+        });
+    }
+    // The states between spans.
+    void borders(bool backwards, Scratch& scratch) {
+        if (g.span == 0) return;
+        Lightning& x = backwards ? d : g;
+        x.borders = scratch.take<float>(g.tokens / g.span * g.heads * g.head_state());
+        sweep(backwards, false);
+        lightning_scan_kernel<<<by_states(), 256, 0, stream>>>(x, false, backwards);
+        LAUNCH_CHECK();
+    }
+    // The states before chunks, where forward has not left them.
+    void states(Scratch scratch) {
+        borders(false, scratch);
+        sweep(false, true);
+    }
+    void forward(floatX* o, bool leave_states, Scratch scratch) {
+        borders(false, scratch);
+        with_size([&](auto HS) {
+            using Shape = lightning_wgmma::Shape<HS.value>;
+            launch(lightning_forward_kernel5<HS.value>, Shape::THREADS, Shape::FORWARD_SHARED, g, o, maps, leave_states);
+        });
+        if (g.span == 0 || (!g.memory_to && !g.states)) return;
+        lightning_finish_kernel<<<by_states(), 256, 0, stream>>>(g);
+        LAUNCH_CHECK();
+    }
+    void backward(floatX* du, Scratch scratch) {
+        borders(true, scratch);
+        Lightning pass = d;
+        pass.memory_from = g.memory_from;
+        with_size([&](auto HS) {
+            using Shape = lightning_wgmma::Shape<HS.value>;
+            launch(lightning_backward_kernel6<HS.value>, Shape::THREADS, Shape::BACKWARD_SHARED, pass, du, maps);
+        });
+    }
+};
+#endif
+
+// o (N,C) from u (N,3C), and the states that g.memory_to or g.states point at. `states` (lightning_states() numbers; null: not wanted): those before chunks,
+// for backward. cpu::lightning_recurrence_forward.
+inline void lightning_recurrence_forward(cudaStream_t stream, const Lightning& g, const floatX* u, floatX* o, Scratch scratch, const LightningMethod& method,
+                                         floatX* states = nullptr) {
     int C = (int)g.channels();
     LightningSweep w = {{u, 3 * C, true}, {u + C, 3 * C, true}, {u + 2 * C, 3 * C, true}, {o, C, nullptr, 0}, false, false, {}, {}};
+#ifndef GPU_FLOAT32
+    if (method.hopper && LightningHopper::takes(g, u, u, o)) {
+        LightningHopper(stream, g, u, states, nullptr, o, method.scheme).forward(o, states, scratch);
+        return;
+    }
+    if (states && LightningHopper::takes(g, u, u, u)) LightningHopper(stream, g, u, states, nullptr, u, method.scheme).states(scratch);
+#else
+    (void)states;
+#endif
     lightning_sweep(stream, g, w, scratch, method);
 }
 
-// du (N,3C) from d_o (N,C) and u (N,3C). Gradients stop at the states that sequences start from (g.memory_from). cpu::lightning_recurrence_backward.
+// du (N,3C) from d_o (N,C) and u (N,3C). Gradients stop at the states that sequences start from (g.memory_from). `states`: as forward has left them; null: they
+// are computed again. cpu::lightning_recurrence_backward.
 inline void lightning_recurrence_backward(cudaStream_t stream, Lightning g, const floatX* u, const floatX* d_o, floatX* du, Scratch scratch,
-                                          const LightningMethod& method) {
+                                          const LightningMethod& method, const floatX* states = nullptr) {
     int C = (int)g.channels();
     LightningRows q = {u, 3 * C, true}, k = {u + C, 3 * C, true}, v = {u + 2 * C, 3 * C, true}, gradient = {d_o, C, false};
     LightningOutput dq = {du, 3 * C, u, 3 * C}, dk = {du + C, 3 * C, u + C, 3 * C}, dv = {du + 2 * C, 3 * C, u + 2 * C, 3 * C};
     g.memory_to = nullptr;
+#ifndef GPU_FLOAT32
+    if (method.hopper && LightningHopper::takes(g, u, d_o, du)) {
+        bool missing = !states;
+        if (missing) states = scratch.take<floatX>(std::max<int64_t>(g.tokens / 64, 1) * g.channels() * g.hs);
+        LightningHopper hopper(stream, g, u, states, d_o, du, method.scheme);
+        if (missing) hopper.states(scratch);
+        hopper.backward(du, scratch);
+        return;
+    }
+#else
+    (void)states;
+#endif
     lightning_sweep(stream, g, {gradient, v, k, dq, false, true, {}, {}}, scratch, method);
     g.memory_from = nullptr;
     lightning_sweep(stream, g, {k, q, gradient, dv, true, false, v, dk}, scratch, method);

@@ -19,6 +19,9 @@ struct LightningSpan {
     int first, n;         // place of its first token, and how many it has
     // Place p of the span is the row row(reverse) ± p.
     __device__ int row(bool reverse) const { return reverse ? end - 1 - first : begin + first; }
+    // In (N/64, NH,hs,hs) the number of head h's state before the span's chunk of 64 tokens number `chunk`, which is not its sequence's first. Of len tokens
+    // at most (len−1)/64 states: no two sequences share one.
+    __device__ int64_t state(int chunk, int heads, int h) const { return (int64_t)(begin / 64 + first / 64 + chunk - 1) * heads + h; }
 };
 
 // One pass over N tokens. Handed to kernels by value; arrays are device memory.
@@ -47,6 +50,9 @@ struct Lightning {
     HOST_DEVICE int64_t slots() const { return span ? tokens / span + num_seqs : num_seqs; }
 
     __device__ double slope(int h) const { return geometric ? factor * exp2(-8.0 * (h + 1) / heads) : factor * 8 * h / heads; }
+
+    // The span of a block. In the second pass over the spans `last_first`: what the first has read last is still in the L2 cache.
+    __device__ int64_t block_slot(bool last_first) const { return span && last_first ? slots() - 1 - blockIdx.x / heads : blockIdx.x / heads; }
 
     // The span number `slot`; false: there is none, or nothing is to be done there.
     __device__ bool find(int64_t slot, LightningSpan& q) const {
@@ -89,6 +95,9 @@ struct Lightning {
         return p && q.spans > 1 ? border(q, q.spans - 2, h) : p;
     }
 };
+
+// Of a sum of terms with weights λ^distance, those of so many chunks of 64 tokens count: λ^distance < 2^−40 in the others.
+__device__ inline int chunks_that_count(float slope2) { return (int)fminf(40 / slope2, 1e9f) / 64 + 1; }  // slope2 = −log2(λ)
 
 // Head h of row n: p[n·stride + h·hs ...], through SiLU if `silu`.
 struct LightningRows {

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "lightning_sweep.cuh"
+#include "tensor_cores.cuh"
 
 #ifndef GPU_FLOAT32
 
@@ -35,17 +36,13 @@ constexpr int BLOCKS = HS <= 64                     ? (KIND == STATES ? 5 : 3)
                        : HS == 96 && KIND == STATES ? 2
                                                     : 1;
 
-// ---- instructions. A warp's 32 threads: row = lane/4, column = 2·(lane%4). A register holds two neighbours of a row, the left one in its lower half.
-//   a (16x16): a[0] (row, column)   a[1] (row+8, column)   a[2] (row, column+8)   a[3] (row+8, column+8)
-//   b (16x8):  b0 (rows column, column+1; column row)      b1 (rows column+8, column+9; column row)
-//   c (16x8):  c[0], c[1] (row, column and column+1)       c[2], c[3] (row+8, the same)
+// ---- Fragments of products are those of tensor_cores.cuh: row = lane/4, column = 2·(lane%4).
 
 __device__ inline int lane() { return threadIdx.x % 32; }
 __device__ inline int lane_row() { return threadIdx.x % 32 / 4; }
 __device__ inline int lane_column() { return threadIdx.x % 4 * 2; }
 
 // Addresses are those of shared memory.
-__device__ inline uint32_t shared_address(const void* p) { return (uint32_t)__cvta_generic_to_shared(p); }
 __device__ inline uint4 load_shared(uint32_t address) {
     uint4 x;
     asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "r"(address) : "memory");
@@ -56,47 +53,8 @@ __device__ inline void store_shared(uint32_t address, uint4 x) {
 }
 __device__ inline void store_shared(uint32_t address, uint32_t x) { asm volatile("st.shared.u32 [%0], %1;" ::"r"(address), "r"(x) : "memory"); }
 
-// Four 8x8 matrices whose rows start at the addresses that lanes 0-7, 8-15, 16-23 and 24-31 give; each thread gets (row, column), (row, column+1) of them,
-// or of their transposes.
-__device__ inline void ldmatrix(uint32_t (&r)[4], uint32_t address) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];" : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address) : "memory");
-}
-__device__ inline void ldmatrix_transposed(uint32_t (&r)[4], uint32_t address) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                 : "r"(address)
-                 : "memory");
-}
-__device__ inline void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-// 16 bytes to shared memory; zeros unless `there`: then nothing is read.
-__device__ inline void copy_async16(uint32_t address, const void* from, bool there) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(from), "r"(there ? 16 : 0) : "memory");
-}
 // To the L2 cache.
 __device__ inline void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
-// Until all that this thread has copied is there.
-__device__ inline void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
-
-__device__ inline float exp2_fast(float x) {
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
-__device__ inline float tanh_fast(float x) {
-    float y;
-    asm("tanh.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
-__device__ inline uint32_t pack(float left, float right) {
-    __nv_bfloat162 x = __floats2bfloat162_rn(left, right);
-    return *(uint32_t*)&x;
-}
-__device__ inline float2 unpack(uint32_t x) { return make_float2(__uint_as_float(x << 16), __uint_as_float(x & 0xffff0000)); }
-
 // λ^d for d >= 0, −slope2 = log2(λ). d comes as a float, because converting integers would cost as much as the exponential.
 __device__ inline float power(float slope2, float d) { return exp2_fast(-slope2 * d); }
 
@@ -104,9 +62,9 @@ __device__ inline float power(float slope2, float d) { return exp2_fast(-slope2 
 // unit's tanh is good to 2^−11, so SiLU to |x|/4096, where bf16 rounds x to |x|/512.
 
 __device__ inline uint32_t silus(uint32_t u) {
-    float2 x = unpack(u);
+    float2 x = unpack_bf16(u);
     x.x *= 0.5f, x.y *= 0.5f;
-    return pack(x.x + x.x * tanh_fast(x.x), x.y + x.y * tanh_fast(x.y));
+    return pack_bf16(x.x + x.x * tanh_fast(x.x), x.y + x.y * tanh_fast(x.y));
 }
 __device__ inline uint4 silus(uint4 u) { return make_uint4(silus(u.x), silus(u.y), silus(u.z), silus(u.w)); }
 // o⊙SiLU'(u), SiLU'(x) = σ + x·σ·(1−σ)
@@ -115,8 +73,8 @@ __device__ inline float times_silu_gradient(float o, float x) {
     return o * (s + (y - y * s));
 }
 __device__ inline uint32_t times_silu_gradients(uint32_t o, uint32_t u) {
-    float2 y = unpack(o), x = unpack(u);
-    return pack(times_silu_gradient(y.x, x.x), times_silu_gradient(y.y, x.y));
+    float2 y = unpack_bf16(o), x = unpack_bf16(u);
+    return pack_bf16(times_silu_gradient(y.x, x.x), times_silu_gradient(y.y, x.y));
 }
 __device__ inline uint4 times_silu_gradients(uint4 o, uint4 u) {
     return make_uint4(times_silu_gradients(o.x, u.x), times_silu_gradients(o.y, u.y), times_silu_gradients(o.z, u.z), times_silu_gradients(o.w, u.w));
@@ -187,12 +145,12 @@ __device__ inline void scores(uint32_t (&p)[4][4], uint32_t A, uint32_t B, int r
 #pragma unroll
     for (int k = 0; k < HS / 16; k++) {
         uint32_t a[4];
-        ldmatrix(a, block<HS>(A, 0, k));
+        load_matrices(a, block<HS>(A, 0, k));
 #pragma unroll
         for (int b = 0; b < 4; b++) {
             if (b > r) continue;
             uint32_t y[4];
-            ldmatrix(y, block<HS>(B, b, k));
+            load_matrices(y, block<HS>(B, b, k));
             mma(c[2 * b], a, y[0], y[1]);
             mma(c[2 * b + 1], a, y[2], y[3]);
         }
@@ -216,7 +174,7 @@ __device__ inline void scores(uint32_t (&p)[4][4], uint32_t A, uint32_t B, int r
             }
         }
 #pragma unroll
-        for (int e = 0; e < 4; e++) p[b][e] = pack(c[2 * b + e / 2][e % 2 * 2], c[2 * b + e / 2][e % 2 * 2 + 1]);
+        for (int e = 0; e < 4; e++) p[b][e] = pack_bf16(c[2 * b + e / 2][e % 2 * 2], c[2 * b + e / 2][e % 2 * 2 + 1]);
     }
 }
 
@@ -231,14 +189,14 @@ __device__ inline void times_state(float (&o)[Shape<HS>::WIDTH / 8][4], uint32_t
 #pragma unroll
     for (int k = 0; k < HS / 16; k++) {
         uint32_t a[4];
-        ldmatrix(a, block<HS>(A, 0, k));
+        load_matrices(a, block<HS>(A, 0, k));
 #pragma unroll
         for (int n = 0; n < WIDTH / 16; n++) {
             uint32_t s[4];
             if (TRANSPOSED)
-                ldmatrix(s, block<HS>(state, n, k));
+                load_matrices(s, block<HS>(state, n, k));
             else
-                ldmatrix_transposed(s, block<HS>(state, k, n, column));
+                load_matrices_transposed(s, block<HS>(state, k, n, column));
             mma(o[2 * n], a, s[0], s[1]);
             mma(o[2 * n + 1], a, s[2], s[3]);
         }
@@ -264,7 +222,7 @@ __global__ void __launch_bounds__(lightning_mma::Shape<HS>::THREADS, (lightning_
     // All threads of a warp know that they agree in it.
     int warp = __shfl_sync(0xffffffff, threadIdx.x / 32, 0), column = GROUPS == 1 ? 0 : warp / 4 * WIDTH, h = blockIdx.x % g.heads, hs = g.hs, head = h * hs;
     LightningSpan q;
-    if (!g.find(blockIdx.x / g.heads, q)) return;
+    if (!g.find(g.block_slot(KIND != STATES), q)) return;
     if (KIND == STATES && q.index == q.spans - 1) return;
 
     float slope2 = (float)(g.slope(h) * 1.4426950408889634);
@@ -278,7 +236,9 @@ __global__ void __launch_bounds__(lightning_mma::Shape<HS>::THREADS, (lightning_
         if constexpr (KIND != STATES) load_tile<HS>(to + 2 * TILE, w.a, row, step, n, head, hs);
         if constexpr (KIND == PAIR) load_tile<HS>(to + 3 * TILE, w.pair_a, row, step, n, head, hs);
     };
-    if (q.n > 0) load(0);
+    int start_chunk = 0;  // what spans add is the sum of a few chunks where the decay is fast
+    if constexpr (KIND == STATES) start_chunk = max(0, q.n / CHUNK - chunks_that_count(slope2));
+    if (q.n > 0) load(start_chunk);
 
     float lambda16 = power(slope2, 16), factor[4][4];  // λ^{63−i} for this thread's columns of diag(λ^{63−i})·B
 #pragma unroll
@@ -314,15 +274,15 @@ __global__ void __launch_bounds__(lightning_mma::Shape<HS>::THREADS, (lightning_
 #pragma unroll
             for (int n = 0; n < WIDTH / 8; n++)
 #pragma unroll
-                for (int e = 0; e < 2; e++) store_shared(piece_of<HS>(row, columns[y] / 8, n) + e * 8 * HS * 2, pack(s[y][n][2 * e], s[y][n][2 * e + 1]));
+                for (int e = 0; e < 2; e++) store_shared(piece_of<HS>(row, columns[y] / 8, n) + e * 8 * HS * 2, pack_bf16(s[y][n][2 * e], s[y][n][2 * e + 1]));
     };
     if constexpr (KIND != STATES) store_state();
 
-    for (int chunk = 0; CHUNK * chunk < q.n; chunk++) {
+    for (int chunk = start_chunk; CHUNK * chunk < q.n; chunk++) {
         uint32_t B = tiles + chunk % 2 * STAGE, D = B + TILE, A = D + TILE, pair_A = A + TILE;
         // A sequence's last chunk may have less than 64 tokens. They are the tile's last ones, so that its end is that of the chunk.
         int n = min(CHUNK, q.n - CHUNK * chunk), pad = CHUNK - n;
-        wait_for_copies();
+        copy_async_wait_all();
         if (w.b.silu) silu_tile<HS>(B);
         if (w.d.silu) silu_tile<HS>(D);
         if constexpr (KIND != STATES)
@@ -365,11 +325,11 @@ __global__ void __launch_bounds__(lightning_mma::Shape<HS>::THREADS, (lightning_
         for (int b = 0; b < 4; b++) {
             uint32_t x[4] = {};
             if (has_state) {
-                ldmatrix_transposed(x, block<HS>(b_rows, b, 0, 16 * warp));
+                load_matrices_transposed(x, block<HS>(b_rows, b, 0, 16 * warp));
 #pragma unroll
                 for (int e = 0; e < 4; e++) {
-                    float2 z = unpack(x[e]);
-                    x[e] = pack(z.x * factor[b][e / 2 * 2], z.y * factor[b][e / 2 * 2 + 1]);
+                    float2 z = unpack_bf16(x[e]);
+                    x[e] = pack_bf16(z.x * factor[b][e / 2 * 2], z.y * factor[b][e / 2 * 2 + 1]);
                 }
             }
 #pragma unroll
@@ -377,7 +337,7 @@ __global__ void __launch_bounds__(lightning_mma::Shape<HS>::THREADS, (lightning_
 #pragma unroll
                 for (int y = 0; y < GROUPS; y++) {
                     uint32_t d[4];
-                    ldmatrix_transposed(d, block<HS>(d_rows, b, k, columns[y]));
+                    load_matrices_transposed(d, block<HS>(d_rows, b, k, columns[y]));
                     if constexpr (KIND != STATES) {
                         if (y == 0 && b <= r) {
                             mma(o[2 * k], p[b], d[0], d[1]);
@@ -397,7 +357,7 @@ __global__ void __launch_bounds__(lightning_mma::Shape<HS>::THREADS, (lightning_
 #pragma unroll
             for (int k = 0; k < WIDTH / 8; k++)
 #pragma unroll
-                for (int e = 0; e < 2; e++) to[k][e] = pack(g.scale * o[k][2 * e], g.scale * o[k][2 * e + 1]);
+                for (int e = 0; e < 2; e++) to[k][e] = pack_bf16(g.scale * o[k][2 * e], g.scale * o[k][2 * e + 1]);
         };
         // Through this warp's part of a tile, from where rows go to global memory 16 bytes at a time.
         auto store = [&](const LightningOutput& out, const uint32_t(&from)[WIDTH / 8][2], uint32_t tile) {
@@ -427,7 +387,7 @@ __global__ void __launch_bounds__(lightning_mma::Shape<HS>::THREADS, (lightning_
 #pragma unroll
                 for (int k = 0; k < WIDTH / 16; k++) {
                     uint32_t y[4];
-                    ldmatrix_transposed(y, block<HS>(b_columns, b, k, column));
+                    load_matrices_transposed(y, block<HS>(b_columns, b, k, column));
                     mma(o[2 * k], p[b], y[0], y[1]);
                     mma(o[2 * k + 1], p[b], y[2], y[3]);
                 }
@@ -446,7 +406,7 @@ __global__ void __launch_bounds__(lightning_mma::Shape<HS>::THREADS, (lightning_
     }
 
     // Once more, so that all this need not be kept in registers meanwhile.
-    g.find(blockIdx.x / g.heads, q);
+    g.find(g.block_slot(KIND != STATES), q);
     float* to = KIND == STATES ? g.border(q, q.index, blockIdx.x % g.heads) : g.finish(q, blockIdx.x % g.heads);
     if (!to || !has_state) return;
     for_state([&](int i, int j, float& x) {

@@ -1,9 +1,9 @@
-// Matrix products, the linear layer and its bias gradient: cuBLASLt, with kernels of our own for what it refuses.
+// Matrix products and the linear layer: cuBLASLt, with kernels of our own for what it refuses.
 //
 //     C (M,N) = alpha·op(A) (M,K) · op(B) (K,N) + beta·C        row-major; inputs floatX, sums float32, C floatX or float32
 //
-// 1. epilogues   what happens to a product before it is written: bias, residual, GELU forward and backward, bias gradient
-// 2. our own     matmul_kernel2 for any size and stride, epilogue_kernel behind a product, bias_backward
+// 1. epilogues   what happens to a product before it is written: bias, residual, GELU forward and backward
+// 2. our own     matmul_kernel2 for any size and stride, epilogue_kernel behind a product
 // 3. plans       how a product of one shape is computed is decided once, at its first call, and can be stored with a run
 // 4. cuBLASLt    descriptors, candidates, tuning
 // 5. matmul, linear_forward, linear_backward and their GELU forms
@@ -27,8 +27,10 @@
 #include <type_traits>
 #include <vector>
 
+#include "bias.cuh"
 #include "common.cuh"
 #include "gelu.cuh"
+#include "matmul_hopper.cuh"
 #include "numbers.cuh"
 
 #define CUBLAS_CHECK(call) ::gpu::cublas_check((call), #call, __FILE__, __LINE__)
@@ -52,11 +54,10 @@ struct MatmulEpilogue {
     const floatX* residual = nullptr;     // (M,N), may be C: C = residual + ...; beta must be 0
     floatX* gelu_input = nullptr;         // (M,N): C = GELU(y), and y is written here; beta must be 0
     const floatX* dgelu_input = nullptr;  // (M,N): C = y ⊙ GELU'(dgelu_input); beta must be 0
-    float* bias_gradient = nullptr;       // (M): += the row sums of op(A), which is doutᵀ (ta = YES) where C is a weight's gradient
 };
 struct MatmulBatch {
     int count = 1;
-    int64_t a = 0, b = 0, c = 0;  // strides between one product's matrices and the next one's; all share the bias; no bias_gradient
+    int64_t a = 0, b = 0, c = 0;  // strides between one product's matrices and the next one's; all share the bias
 };
 
 template <class Out>
@@ -74,7 +75,7 @@ struct MatmulCall {
     MatmulEpilogue epilogue;
     MatmulBatch batch;
 
-    bool has_epilogue() const { return epilogue.bias || epilogue.residual || epilogue.gelu_input || epilogue.dgelu_input || epilogue.bias_gradient; }
+    bool has_epilogue() const { return epilogue.bias || epilogue.residual || epilogue.gelu_input || epilogue.dgelu_input; }
 };
 
 // y: W neighbouring elements of a row from column j on, which stand at `at` in C and in the epilogue's matrices.
@@ -191,80 +192,6 @@ inline void apply_epilogue(cudaStream_t stream, const MatmulCall<Out>& call) {
     LAUNCH_CHECK();
 }
 
-// ---- db (OC) += column sums of dout (N,OC) --------------------------------------------------------------------------------------------------------------
-// Two launches, since a column's rows are too many for one block and atomics would add in any order:
-//   1. a block takes 32·W columns and a piece of the rows. A warp reads a row's 32·W neighbours in one instruction, the 8 warps take every 8th row;
-//      their sums are added in the order of the warps: partial (pieces, OC).
-//   2. partial sums are added to db in the order of the pieces, 8 interleaved strands of them first.
-// The pieces depend on N and OC alone: the same bits on every machine.
-template <int W>
-__global__ void __launch_bounds__(256)
-    bias_backward_kernel3(float* partial, const floatX* dout, int64_t N, int64_t OC, int64_t dout_stride, int64_t rows_per_piece) {
-    __shared__ float shared[8][W][32];
-    int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    int64_t first_column = (int64_t)blockIdx.x * 32 * W, column = first_column + lane * W, n0 = blockIdx.y * rows_per_piece;
-    int64_t n1 = n0 + rows_per_piece < N ? n0 + rows_per_piece : N;
-    Numbers<W> sum;
-    if (column < OC) {
-#pragma unroll 4  // rows in flight at a time
-        for (int64_t n = n0 + warp; n < n1; n += 8) {
-            Numbers<W> x = load_numbers<W>(dout + n * dout_stride + column);
-            for (int i = 0; i < W; i++) sum[i] += x[i];
-        }
-    }
-    for (int i = 0; i < W; i++) shared[warp][i][lane] = sum[i];
-    __syncthreads();
-    int c = threadIdx.x;  // of the block's columns
-    if (c >= 32 * W || first_column + c >= OC) return;
-    float total = 0;
-    for (int w = 0; w < 8; w++) total += shared[w][c % W][c / W];
-    partial[blockIdx.y * OC + first_column + c] = total;
-}
-__global__ void __launch_bounds__(256) bias_backward_sum_kernel3(float* db, const float* partial, int64_t pieces, int64_t OC) {
-    __shared__ float shared[8][32];
-    int lane = threadIdx.x % 32, strand = threadIdx.x / 32;
-    int64_t column = (int64_t)blockIdx.x * 32 + lane;
-    float sum = 0;
-    if (column < OC) {
-#pragma unroll 4
-        for (int64_t piece = strand; piece < pieces; piece += 8) sum += partial[piece * OC + column];
-    }
-    shared[strand][lane] = sum;
-    __syncthreads();
-    if (strand > 0 || column >= OC) return;
-    float total = 0;
-    for (int s = 0; s < 8; s++) total += shared[s][lane];
-    db[column] += total;
-}
-template <int W>
-inline void bias_backward_launch(cudaStream_t stream, float* db, const floatX* dout, int64_t N, int64_t OC, int64_t dout_stride) {
-    // About 512 blocks, four for each multiprocessor of an H100. Each warp has at least one row.
-    int64_t tiles = ceil_div(OC, 32 * W), pieces = std::max<int64_t>(1, std::min(512 / tiles, ceil_div(N, 8)));
-    int64_t rows_per_piece = round_up(ceil_div(N, pieces), 8);
-    pieces = ceil_div(N, rows_per_piece);
-    float* partial = Scratch{workspace(), WORKSPACE_BYTES}.take<float>(pieces * OC);
-    bias_backward_kernel3<W><<<dim3((unsigned)tiles, (unsigned)pieces), 256, 0, stream>>>(partial, dout, N, OC, dout_stride, rows_per_piece);
-    LAUNCH_CHECK();
-    bias_backward_sum_kernel3<<<(unsigned)ceil_div(OC, 32), 256, 0, stream>>>(db, partial, pieces, OC);
-    LAUNCH_CHECK();
-}
-// db (OC) += Σ_n dout_n; rows of dout (N,OC) are dout_stride apart (0: OC).
-inline void bias_backward(cudaStream_t stream, float* db, const floatX* dout, int64_t N, int64_t OC, int64_t dout_stride = 0) {
-    constexpr int W = Packed<floatX>::size;
-    if (N == 0 || OC == 0) return;
-    if (dout_stride == 0) dout_stride = OC;
-    if (OC % W == 0 && dout_stride % W == 0 && aligned16(dout))
-        bias_backward_launch<W>(stream, db, dout, N, OC, dout_stride);
-    else
-        bias_backward_launch<1>(stream, db, dout, N, OC, dout_stride);
-}
-
-// x += y over n numbers.
-__global__ void add_kernel(float* x, const float* y, int64_t n) {
-    int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
-    if (i < n) x[i] += y[i];
-}
-
 // --------------------------------------------------------------------------------------------------------------------------------------------------
 // 3. Plans
 
@@ -273,7 +200,8 @@ using MatmulKey = std::array<int64_t, 21>;
 enum { KEY_EPILOGUE = 10, KEY_ALIGN_A = 12, KEY_ALIGN_B, KEY_ALIGN_C, KEY_ALIGN_MATRIX, KEY_ALIGN_BIAS };
 
 struct MatmulPlan {
-    enum How { UNDECIDED, CUBLASLT, SEPARATE, OWN };  // SEPARATE: the product by itself, which has a plan of its own, then the epilogue's kernels
+    // HOPPER: matmul_hopper.cuh. SEPARATE: the product by itself, which has a plan of its own, then the epilogue's kernels
+    enum How { UNDECIDED, CUBLASLT, SEPARATE, OWN, HOPPER };
     How how = UNDECIDED;
     cublasLtMatmulAlgo_t algorithm = {};  // a plain value, valid for this version of cuBLASLt
     bool described = false;               // what follows is filled in at the first call
@@ -305,7 +233,10 @@ inline std::string matmul_plans() {
     std::string text = matmul_plans_header() + "\n";
     for (const auto& [key, plan] : matmul_plan_map()) {
         for (int64_t k : key) text += format("%lld ", (long long)k);
-        text += plan.how == MatmulPlan::CUBLASLT ? "cublaslt" : plan.how == MatmulPlan::SEPARATE ? "separate" : "own";
+        text += plan.how == MatmulPlan::CUBLASLT   ? "cublaslt"
+                : plan.how == MatmulPlan::SEPARATE ? "separate"
+                : plan.how == MatmulPlan::HOPPER   ? "hopper"
+                                                   : "own";
         if (plan.how == MatmulPlan::CUBLASLT)
             for (uint64_t word : plan.algorithm.data) text += format(" %016llx", (unsigned long long)word);
         text += "\n";
@@ -329,7 +260,11 @@ inline void load_matmul_plans(const std::string& text) {
         std::string how, rest;
         for (int64_t& k : key) words >> k;
         words >> how;
-        plan.how = how == "cublaslt" ? MatmulPlan::CUBLASLT : how == "separate" ? MatmulPlan::SEPARATE : how == "own" ? MatmulPlan::OWN : MatmulPlan::UNDECIDED;
+        plan.how = how == "cublaslt"   ? MatmulPlan::CUBLASLT
+                   : how == "separate" ? MatmulPlan::SEPARATE
+                   : how == "own"      ? MatmulPlan::OWN
+                   : how == "hopper"   ? MatmulPlan::HOPPER
+                                       : MatmulPlan::UNDECIDED;
         if (plan.how == MatmulPlan::CUBLASLT)
             for (uint64_t& word : plan.algorithm.data) words >> std::hex >> word;
         bool sound = !words.fail() && plan.how != MatmulPlan::UNDECIDED && !(words >> rest);
@@ -352,7 +287,6 @@ template <class Out>
 inline int cublaslt_epilogue(const MatmulCall<Out>& call) {
     const MatmulEpilogue& e = call.epilogue;
     if (!call.has_epilogue()) return CUBLASLT_EPILOGUE_DEFAULT;
-    if (e.bias_gradient) return e.bias || e.gelu_input || e.dgelu_input || e.residual || !std::is_same_v<Out, float> ? 0 : CUBLASLT_EPILOGUE_BGRADB;
     if (!std::is_same_v<Out, floatX> || call.batch.count > 1) return 0;
     if (e.gelu_input || e.dgelu_input) {
         if (sizeof(floatX) == 4 || e.residual || call.ldc % 8 != 0 || (e.bias && e.dgelu_input)) return 0;
@@ -392,7 +326,7 @@ inline MatmulKey matmul_key(const MatmulCall<Out>& call) {
 // --------------------------------------------------------------------------------------------------------------------------------------------------
 // 4. cuBLASLt
 
-constexpr size_t CUBLASLT_WORKSPACE = 32 << 20;  // of workspace(); what NVIDIA recommends for Hopper. The bias gradient stands behind it
+constexpr size_t CUBLASLT_WORKSPACE = 32 << 20;  // of workspace(); what NVIDIA recommends for Hopper
 
 inline cublasLtHandle_t cublaslt() {
     static const cublasLtHandle_t handle = [] {
@@ -412,9 +346,9 @@ inline void set_attribute(cublasLtMatmulDesc_t operation, cublasLtMatmulDescAttr
 template <class Out>
 inline void set_epilogue_pointers(const MatmulCall<Out>& call, MatmulPlan& plan) {
     const MatmulEpilogue& e = call.epilogue;
-    const void *aux = e.gelu_input ? e.gelu_input : e.dgelu_input, *vector = e.bias_gradient ? workspace() + CUBLASLT_WORKSPACE : (const char*)e.bias;
+    const floatX* aux = e.gelu_input ? e.gelu_input : e.dgelu_input;
     if (aux) set_attribute(&plan.operation, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER, aux);
-    if (vector) set_attribute(&plan.operation, CUBLASLT_MATMUL_DESC_BIAS_POINTER, vector);
+    if (e.bias) set_attribute(&plan.operation, CUBLASLT_MATMUL_DESC_BIAS_POINTER, e.bias);
 }
 
 template <class Out>
@@ -486,14 +420,7 @@ inline cublasStatus_t launch_cublaslt(cudaStream_t stream, const MatmulCall<Out>
     float beta = e.residual ? 1 : call.beta;
     cublasStatus_t status = cublasLtMatmul(cublaslt(), &plan.operation, &call.alpha, call.B, &plan.b, call.A, &plan.a, &beta, c, &plan.c, call.C, &plan.c,
                                            &algorithm, workspace(), CUBLASLT_WORKSPACE, stream);
-    if (status != CUBLAS_STATUS_SUCCESS) {
-        (void)cudaGetLastError();  // may hold the same complaint
-        return status;
-    }
-    if (e.bias_gradient) {  // cuBLASLt has overwritten a vector of (M), where ours is to be added to
-        add_kernel<<<(unsigned)ceil_div(call.M, 256), 256, 0, stream>>>(e.bias_gradient, (const float*)(workspace() + CUBLASLT_WORKSPACE), call.M);
-        LAUNCH_CHECK();
-    }
+    if (status != CUBLAS_STATUS_SUCCESS) (void)cudaGetLastError();  // may hold the same complaint
     return status;
 }
 
@@ -504,10 +431,8 @@ void matmul(cudaStream_t stream, Transpose ta, Transpose tb, int64_t M, int64_t 
 // The product, then its epilogue.
 template <class Out>
 inline void matmul_separate(cudaStream_t stream, const MatmulCall<Out>& c) {
-    const MatmulEpilogue& e = c.epilogue;
     matmul<Out>(stream, c.ta, c.tb, c.M, c.N, c.K, c.alpha, c.A, c.lda, c.B, c.ldb, c.beta, c.C, c.ldc, {}, c.batch);
-    if (e.bias || e.residual || e.gelu_input || e.dgelu_input) apply_epilogue(stream, c);
-    if (e.bias_gradient) bias_backward(stream, e.bias_gradient, c.A, c.K, c.M, c.lda);  // op(A) = Aᵀ: its row sums are A's column sums
+    apply_epilogue(stream, c);
 }
 
 // Milliseconds of five runs after a first one; infinite if run() fails.
@@ -528,25 +453,41 @@ inline float matmul_milliseconds(cudaStream_t stream, Run run) {
     return ms;
 }
 
+// Our own kernel for Hopper, where it can do the call: false, and nothing has been done, where it can't. All but alpha is in the key.
+template <class Out>
+inline bool matmul_hopper(cudaStream_t stream, const MatmulCall<Out>& c) {
+#ifndef GPU_FLOAT32
+    if constexpr (std::is_same_v<Out, floatX>) {
+        const MatmulEpilogue& e = c.epilogue;
+        if (c.ta != NO || c.tb != YES || c.alpha != 1 || c.beta != 0 || c.batch.count > 1) return false;
+        if (e.residual || e.gelu_input || e.dgelu_input) return false;
+        HopperMatmul m = {c.M, c.N, c.K, c.A, c.lda, c.B, c.ldb, c.C, c.ldc, e.bias};
+        if (!hopper_matmul_takes(m)) return false;
+        hopper_matmul(stream, m);
+        return true;
+    }
+#endif
+    return false;
+}
+// Where it was faster than cuBLASLt's first choice: a short sum, wide rows, tiles of 128 x 192 enough to go round.
+template <class Out>
+inline bool matmul_hopper_first(const MatmulCall<Out>& c) {
+    return c.K <= 1024 && c.N >= 2 * c.K && ceil_div(c.M, 128) * ceil_div(c.N, 192) >= 4 * device_properties().multiProcessorCount;
+}
+
 // Times the candidates, and the separate way where there is an epilogue: fused is not always faster. The call's own buffers are used, since products of
-// real numbers take longer than products of zeros. Where C is overwritten, running it again changes nothing. Where it is added to (beta, or the bias
-// gradient), the runs add to memory allocated for this; if there is none, false: nothing has been decided.
+// real numbers take longer than products of zeros. Where C is overwritten, running it again changes nothing. Where it is added to (beta), the runs add
+// to memory allocated for this; if there is none, false: nothing has been decided.
 template <class Out>
 inline bool matmul_tune(cudaStream_t stream, const MatmulCall<Out>& call, MatmulPlan& plan, const std::vector<cublasLtMatmulAlgo_t>& list) {
     MatmulCall<Out> timed = call;
     int64_t c_size = call.beta == 0 ? 0 : (call.batch.count - 1) * call.batch.c + (call.M - 1) * call.ldc + call.N;
-    int64_t bias_size = call.epilogue.bias_gradient ? call.M : 0, bytes = scratch_bytes({c_size * (int64_t)sizeof(Out), bias_size * (int64_t)sizeof(float)});
-    Scratch scratch;
-    if (bytes > 0) {
-        if (cudaMalloc((void**)&scratch.memory, bytes) != cudaSuccess) {
+    if (c_size > 0) {
+        if (cudaMalloc((void**)&timed.C, c_size * sizeof(Out)) != cudaSuccess) {
             (void)cudaGetLastError();
             return false;
         }
-        scratch.size = bytes;
-        CUDA_CHECK(cudaMemsetAsync(scratch.memory, 0, bytes, stream));
-        Scratch rest = scratch;
-        if (c_size > 0) timed.C = rest.take<Out>(c_size);
-        if (bias_size > 0) timed.epilogue.bias_gradient = rest.take<float>(bias_size);
+        CUDA_CHECK(cudaMemsetAsync(timed.C, 0, c_size * sizeof(Out), stream));
     }
     float best = INFINITY;
     for (const cublasLtMatmulAlgo_t& algorithm : list) {
@@ -558,9 +499,10 @@ inline bool matmul_tune(cudaStream_t stream, const MatmulCall<Out>& call, Matmul
     }
     if (call.has_epilogue()) {
         float ms = matmul_milliseconds(stream, [&] { return matmul_separate(stream, timed), true; });
-        if (ms < best) plan.how = MatmulPlan::SEPARATE;
+        if (ms < best) plan.how = MatmulPlan::SEPARATE, best = ms;
     }
-    if (bytes > 0) CUDA_CHECK(cudaFree(scratch.memory));
+    if (matmul_milliseconds(stream, [&] { return matmul_hopper(stream, timed); }) < best) plan.how = MatmulPlan::HOPPER;
+    if (c_size > 0) CUDA_CHECK(cudaFree(timed.C));
     return plan.how != MatmulPlan::UNDECIDED;
 }
 
@@ -574,6 +516,10 @@ inline bool matmul_decide(cudaStream_t stream, const MatmulCall<Out>& call, cons
             cudaStreamCaptureStatus capture;
             CUDA_CHECK(cudaStreamIsCapturing(stream, &capture));
             if (capture == cudaStreamCaptureStatusNone && matmul_tune(stream, call, plan, list)) return false;
+        }
+        if (matmul_hopper_first(call) && matmul_hopper(stream, call)) {
+            plan.how = MatmulPlan::HOPPER;
+            return true;
         }
         // A proposal may still be refused when it is launched.
         for (const cublasLtMatmulAlgo_t& algorithm : list) {
@@ -601,8 +547,7 @@ void matmul(cudaStream_t stream, Transpose ta, Transpose tb, int64_t M, int64_t 
     assert(beta == 0 || !(e.residual || e.gelu_input || e.dgelu_input));
     assert(!(e.gelu_input && e.dgelu_input) && (const void*)e.gelu_input != C && (const void*)e.dgelu_input != C);
     assert((const void*)e.residual != C || !(e.gelu_input || e.dgelu_input));
-    assert(!e.bias_gradient || (ta == YES && batch.count == 1));
-    if (K == 0) {  // C = beta·C, and the epilogue; a sum over nothing for the bias gradient
+    if (K == 0) {  // C = beta·C, and the epilogue
         matmul_own(stream, call);
         return;
     }
@@ -626,6 +571,9 @@ void matmul(cudaStream_t stream, Transpose ta, Transpose tb, int64_t M, int64_t 
             break;
         case MatmulPlan::SEPARATE:
             matmul_separate(stream, call);
+            break;
+        case MatmulPlan::HOPPER:
+            if (!matmul_hopper(stream, call)) matmul_own(stream, call);  // another alpha
             break;
         default:
             matmul_own(stream, call);
@@ -651,14 +599,12 @@ inline void linear_gelu_forward(cudaStream_t stream, floatX* gelu_out, floatX* f
 }
 
 // dW (OC,C) += doutᵀ·x;  db (OC) += Σ_n dout, null: none. Rows of dout (N,OC) are dout_stride apart.
-// The bias gradient is a sum along this product's K, over what it reads anyway: cuBLASLt's BGRADB, "sums over B along K, one for each column of D", where
-// its B is our doutᵀ and its columns of D are our rows of dW. It leaves the sums in a vector of D's type, float32, which is then added to db.
+// cuBLASLt offers db as an epilogue of the product, which reads dout anyway (BGRADB); but that takes longer than a pass of its own over dout does.
 inline void weight_backward(cudaStream_t stream, float* dw, float* db, const floatX* dout, const floatX* x, int64_t N, int64_t C, int64_t OC,
                             int64_t dout_stride) {
     if (N == 0) return;
-    MatmulEpilogue epilogue;
-    epilogue.bias_gradient = db;
-    matmul<float>(stream, YES, NO, OC, C, N, 1, dout, dout_stride, x, C, 1, dw, C, epilogue);
+    matmul<float>(stream, YES, NO, OC, C, N, 1, dout, dout_stride, x, C, 1, dw, C);
+    if (db) bias_backward(stream, db, dout, N, OC, dout_stride);
 }
 
 // dx (N,C) = (or +=) dout·W;  dW (OC,C) += doutᵀ·x;  db (OC) += Σ_n dout. dx, db may be null; rows of dout are dout_stride apart (0: OC).

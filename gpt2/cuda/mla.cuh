@@ -101,6 +101,51 @@ __device__ inline void for_heads(int tokens, int heads, int width, From from, To
     }
 }
 
+// The same for 16-byte vectors alone, in two steps, so that a thread's first vectors are on their way while the block does something else: load(), then
+// finish() for these and the rest. change(x, t, h, i) may leave x to be stored at to(t, h, i).
+constexpr int AHEAD = 4;  // vectors of a thread on their way at once
+template <class From>
+struct HeadVectors {
+    From from;
+    int per_head, per_token, count;
+    Packed<floatX> x[AHEAD];
+    int t[AHEAD], h[AHEAD], i[AHEAD];
+
+    __device__ HeadVectors(int tokens, int heads, int width, From from)
+        : from(from), per_head(width / VECTOR), per_token(heads * per_head), count(tokens * per_token) {}
+    __device__ void load(int j0) {
+#pragma unroll
+        for (int k = 0; k < AHEAD; k++) {
+            int j = j0 + k * THREADS;
+            if (j >= count) break;
+            t[k] = j / per_token;
+            int rest = j - t[k] * per_token;
+            h[k] = rest / per_head;
+            i[k] = (rest - h[k] * per_head) * VECTOR;
+            x[k] = load_packed(from(t[k], h[k], i[k]));
+        }
+    }
+    template <class Use>
+    __device__ void finish(Use use) {
+        for (int j0 = threadIdx.x; j0 < count; j0 += AHEAD * THREADS) {
+            if (j0 >= AHEAD * THREADS) load(j0);
+#pragma unroll
+            for (int k = 0; k < AHEAD; k++) {
+                if (j0 + k * THREADS >= count) break;
+                use(x[k], t[k], h[k], i[k]);
+            }
+        }
+    }
+};
+__device__ inline void rotate(Packed<floatX>& x, const float2* rotation) {
+    float numbers[VECTOR];
+#pragma unroll
+    for (int i = 0; i < VECTOR; i++) numbers[i] = x[i];
+    rotate(numbers, rotation);
+#pragma unroll
+    for (int i = 0; i < VECTOR; i++) x.set(i, numbers[i]);
+}
+
 // rotations (tokens, d_rope/2) of a block's tokens, in shared memory.
 __device__ inline void fill_rotations(float2* rotations, const int* position, int tokens, int d_rope, double exponent, int direction) {
     int pairs = d_rope / 2;
@@ -185,6 +230,65 @@ __global__ void __launch_bounds__(mla::THREADS) mla_latents_kernel3(MlaShape d, 
         [&](float(&x)[V], int t, int, int i) { mla::rotate(x, mla_rotations + t * pairs + i / 2); });
 }
 
+// The same for rows on multiples of 16 bytes that fit a warp's registers: 32·VECTORS vectors. All of a warp's two rows and the first of the queries are on
+// their way before the angles are computed.
+template <int VECTORS>
+__global__ void __launch_bounds__(mla::THREADS) mla_latents_kernel4(MlaShape d, MlaLatents a, int64_t N, int tokens_per_block, double exponent) {
+    constexpr int W = mla::VECTOR, WARPS = mla::THREADS / 32, ROWS = mla::TOKENS / WARPS;
+    extern __shared__ float2 mla_rotations[];
+    int64_t n0 = (int64_t)blockIdx.x * tokens_per_block;
+    int tokens = (int)min((int64_t)tokens_per_block, N - n0), lane = threadIdx.x % 32, warp = threadIdx.x / 32, pairs = d.d_rope / 2;
+    auto query = [=](int t, int h, int i) { return a.q + (n0 + t) * d.q + (int64_t)h * d.d_qk + d.d_nope + i; };
+    mla::HeadVectors<decltype(query)> queries(tokens, d.NH, d.d_rope, query);
+    queries.load(threadIdx.x);
+    Packed<floatX> u[ROWS][VECTORS], kr[ROWS];
+#pragma unroll
+    for (int k = 0; k < ROWS; k++) {
+        int t = warp + k * WARPS;
+        const floatX* row = a.u + (n0 + t) * d.u;
+#pragma unroll
+        for (int v = 0; v < VECTORS; v++) {
+            int c = (v * 32 + lane) * W;
+            if (t < tokens && c < d.d_c) u[k][v] = load_packed(row + c);
+        }
+        if (t < tokens && lane * W < d.d_rope) kr[k] = load_packed(row + d.d_c + lane * W);
+    }
+    mla::fill_rotations(mla_rotations, a.position + n0, tokens, d.d_rope, exponent, 1);
+    __syncthreads();
+
+#pragma unroll
+    for (int k = 0; k < ROWS; k++) {
+        int t = warp + k * WARPS;
+        if (t >= tokens) break;
+        int64_t n = n0 + t;
+        floatX *c_to = a.c + n * a.c_stride, *kr_to = a.kr + n * a.kr_stride;
+        float sum = 0;
+#pragma unroll
+        for (int v = 0; v < VECTORS; v++)
+            if ((v * 32 + lane) * W < d.d_c)
+                for (int i = 0; i < W; i++) sum += u[k][v][i] * u[k][v][i];
+        float r = 1 / sqrtf(warp_sum(sum) / d.d_c + 1e-6f);
+#pragma unroll
+        for (int v = 0; v < VECTORS; v++) {
+            int c = (v * 32 + lane) * W;
+            if (c >= d.d_c) continue;
+            Packed<floatX> gain = load_packed(a.gain + c), out;
+#pragma unroll
+            for (int i = 0; i < W; i++) out.set(i, u[k][v][i] * r * gain[i]);
+            store_packed(c_to + c, out);
+        }
+        if (lane * W < d.d_rope) {
+            mla::rotate(kr[k], mla_rotations + t * pairs + lane * W / 2);
+            store_packed(kr_to + lane * W, kr[k]);
+        }
+        if (lane == 0 && a.rstd) a.rstd[n] = r;
+    }
+    queries.finish([&](Packed<floatX>& x, int t, int h, int i) {
+        mla::rotate(x, mla_rotations + t * pairs + i / 2);
+        store_packed(a.q_to + (n0 + t) * a.q_stride + h * a.q_head + i, x);
+    });
+}
+
 template <int V>
 inline void mla_latents_launch(cudaStream_t stream, const MlaShape& d, const MlaLatents& a, int64_t N) {
     int tokens = mla::tokens_per_block(d);
@@ -196,10 +300,16 @@ inline void mla_latents_launch(cudaStream_t stream, const MlaShape& d, const Mla
 inline void mla_latents(cudaStream_t stream, const MlaShape& d, const MlaLatents& a, int64_t N) {
     if (N == 0) return;
     bool whole = aligned16(a.u) && aligned16(a.gain) && aligned16(a.q) && aligned16(a.q_to) && (a.q_stride | a.q_head) % mla::VECTOR == 0;
-    if (mla::vectors(d) && whole)
-        mla_latents_launch<mla::VECTOR>(stream, d, a, N);
-    else
+    int vectors = (int)ceil_div(d.d_c, 32 * mla::VECTOR), tokens = mla::tokens_per_block(d);
+    if (!mla::vectors(d) || !whole) {
         mla_latents_launch<mla::PAIR>(stream, d, a, N);
+    } else if (a.states || vectors > 2 || d.d_rope > 32 * mla::VECTOR || (a.c_stride | a.kr_stride) % mla::VECTOR != 0 || !aligned16(a.c) || !aligned16(a.kr)) {
+        mla_latents_launch<mla::VECTOR>(stream, d, a, N);
+    } else {
+        auto kernel = vectors <= 1 ? mla_latents_kernel4<1> : mla_latents_kernel4<2>;
+        kernel<<<(unsigned)ceil_div(N, tokens), mla::THREADS, (size_t)tokens * d.d_rope * sizeof(float), stream>>>(d, a, N, tokens, mla::exponent(d));
+        LAUNCH_CHECK();
+    }
 }
 
 // ---- keys ------------------------------------------------------------------------------------------------------------------------------------------------
@@ -276,6 +386,50 @@ __global__ void __launch_bounds__(mla::THREADS) mla_split_kernel3(MlaShape d, co
     }
 }
 
+// The same for rows on multiples of 16 bytes. The first queries are on their way before the angles are computed; the rows of dkeys are read as they stand, in
+// one sweep, and the parts that are to be summed over heads wait in shared memory: (tokens,NH,d_rope), behind the rotations.
+inline size_t mla_split_shared(const MlaShape& d, int tokens) { return (size_t)tokens * d.d_rope * (sizeof(float) + d.NH * sizeof(floatX)); }
+__global__ void __launch_bounds__(mla::THREADS) mla_split_kernel4(MlaShape d, const floatX* dkeys, floatX* dkv, floatX* du, floatX* dq, const int* position,
+                                                                  int64_t N, int tokens_per_block, double exponent) {
+    extern __shared__ int4 mla_shared[];
+    float2* rotations = (float2*)mla_shared;
+    floatX* parts = (floatX*)(rotations + tokens_per_block * (d.d_rope / 2));
+    int64_t n0 = (int64_t)blockIdx.x * tokens_per_block;
+    int tokens = (int)min((int64_t)tokens_per_block, N - n0), pairs = d.d_rope / 2;
+    auto query = [=](int t, int h, int i) { return dq + (n0 + t) * d.q + (int64_t)h * d.d_qk + d.d_nope + i; };
+    auto key = [=](int t, int h, int i) { return dkeys + (n0 + t) * d.q + (int64_t)h * d.d_qk + i; };
+    mla::HeadVectors<decltype(query)> queries(tokens, d.NH, d.d_rope, query);
+    mla::HeadVectors<decltype(key)> keys(tokens, d.NH, d.d_qk, key);
+    queries.load(threadIdx.x);
+    keys.load(threadIdx.x);
+    mla::fill_rotations(rotations, position + n0, tokens, d.d_rope, exponent, -1);
+    keys.finish([&](Packed<floatX>& x, int t, int h, int i) {
+        if (i < d.d_nope)
+            store_packed(dkv + (n0 + t) * d.kv + (int64_t)h * d.d_kv + i, x);
+        else
+            store_packed(parts + (t * d.NH + h) * d.d_rope + i - d.d_nope, x);
+    });
+    __syncthreads();
+    queries.finish([&](Packed<floatX>& x, int t, int h, int i) {
+        mla::rotate(x, rotations + t * pairs + i / 2);
+        store_packed(dq + (n0 + t) * d.q + (int64_t)h * d.d_qk + d.d_nope + i, x);
+    });
+    for (int j = threadIdx.x; j < tokens * pairs; j += mla::THREADS) {
+        int t = j / pairs, i = 2 * (j - t * pairs);
+        float sum[2] = {};
+#pragma unroll 4
+        for (int h = 0; h < d.NH; h++) {
+            const floatX* part = parts + (t * d.NH + h) * d.d_rope + i;
+            sum[0] += to_float(part[0]);
+            sum[1] += to_float(part[1]);
+        }
+        mla::rotate(sum, rotations + j);
+        floatX* to = du + (n0 + t) * d.u + d.d_c + i;
+        to[0] = from_float<floatX>(sum[0]);
+        to[1] = from_float<floatX>(sum[1]);
+    }
+}
+
 template <int V>
 inline void mla_split_launch(cudaStream_t stream, const MlaShape& d, const floatX* dkeys, floatX* dkv, floatX* du, floatX* dq, const int* position, int64_t N) {
     int tokens = mla::tokens_per_block(d);
@@ -288,10 +442,16 @@ inline void mla_split_launch(cudaStream_t stream, const MlaShape& d, const float
 // place. position (N).
 inline void mla_split(cudaStream_t stream, const MlaShape& d, const floatX* dkeys, floatX* dkv, floatX* du, floatX* dq, const int* position, int64_t N) {
     if (N == 0) return;
-    if (mla::vectors(d) && aligned16(dkeys) && aligned16(dkv) && aligned16(du) && aligned16(dq))
-        mla_split_launch<mla::VECTOR>(stream, d, dkeys, dkv, du, dq, position, N);
-    else
+    int tokens = (int)std::min<size_t>(mla::TOKENS, (48 << 10) / std::max<size_t>(1, mla_split_shared(d, 1)));
+    if (!mla::vectors(d) || !aligned16(dkeys) || !aligned16(dkv) || !aligned16(du) || !aligned16(dq)) {
         mla_split_launch<mla::PAIR>(stream, d, dkeys, dkv, du, dq, position, N);
+    } else if (tokens == 0) {
+        mla_split_launch<mla::VECTOR>(stream, d, dkeys, dkv, du, dq, position, N);
+    } else {
+        mla_split_kernel4<<<(unsigned)ceil_div(N, tokens), mla::THREADS, mla_split_shared(d, tokens), stream>>>(d, dkeys, dkv, du, dq, position, N, tokens,
+                                                                                                                mla::exponent(d));
+        LAUNCH_CHECK();
+    }
 }
 
 }  // namespace gpu

@@ -4,11 +4,11 @@
 //     dV = (Z⊙P)ᵀdO               dK = scale·dSᵀQ                dQ = scale·dS·K
 //
 // for the keys j that query i sees; Z is attention dropout's 0 or 1/(1−p). Nothing of size T² is stored: P is computed again, tile by tile, from the scores
-// and the saved lse (Dao, FlashAttention-2, arXiv 2307.08691). Three kernels:
+// and the saved lse (Dao, FlashAttention-2, arXiv 2307.08691). Three things are made:
 //
-//     softmax_backward_delta_kernel   D, and lse·log₂e (exponentials are powers of 2): the two statistics of a row, (NH, q_rows) pairs of float32 in scratch
-//     softmax_backward_dkv_kernelN    a block owns a tile of keys and walks over the queries that see them: dK and dV of the tile
-//     softmax_backward_dq_kernelN     a block owns a tile of queries and walks over the keys that they see: dQ of the tile
+//     the statistics of a row     D, and lse·log₂e (exponentials are powers of 2): (NH, q_rows) pairs of float32 in scratch
+//     dK and dV                   softmax_backward_dkv_kernelN: a block owns a tile of keys and walks over the queries that see them
+//     dQ                          softmax_backward_dq_kernelN: a block owns a tile of queries and walks over the keys that they see
 //
 // S and dP are computed twice that way, 7 products instead of 5. But every sum has one owner and one order, so that the same call gives the same bits; the
 // other way, adding to dQ from many blocks, needs atomics or a buffer of partial sums. The heads of a group are summed by the block that owns the keys.
@@ -16,116 +16,20 @@
 //
 //     kernels 2   any sizes and strides, float32 arithmetic: float32's only kernels, and bf16's for what the others do not take
 //     kernels 6   tensor cores: bf16, d_qk <= 192, d_v <= 128, all sizes and strides multiples of 8
+//     kernels 7   softmax_backward_hopper.cuh: the same on a Hopper GPU, for the usual sizes of heads and without dropout
 //
 // The numbers are those of the ladder, dev/cuda/attention_backward.cu, where the versions before them stand.
 // FLOPs for each visible pair and head: 2·(3·d_qk + 2·d_v) needed, 2·(4·d_qk + 3·d_v) done. Memory: q, k, v, o, do twice each, dq, dk, dv once, while the rows
 // of the heads at work fit the L2 cache.
 #pragma once
 
-#include <algorithm>
-#include <climits>
-
-#include "softmax.cuh"
+#include "softmax_backward_common.cuh"
+#include "softmax_backward_hopper.cuh"
+#include "tensor_cores.cuh"
 
 namespace gpu {
 
 namespace softmax_bwd {
-
-constexpr int THREADS = 128;
-constexpr float LOG2E = 1.44269504f;
-
-// ---- which block does what ------------------------------------------------------------------------------------------------------------------------------
-
-// The grid is one-dimensional, since only x has room for very many sequences: the tiles of one head of one sequence are neighbours, so that what they all
-// read comes from the L2 cache. Every sequence gets as many tiles as the longest; those it does not need return at once.
-struct Piece {
-    int seq, head, tile;
-    __device__ Piece(int heads, int tiles) {
-        int x = blockIdx.x;
-        seq = x / tiles / heads;
-        head = x / tiles % heads;
-        tile = x % tiles;
-    }
-};
-
-struct Sequence {
-    int n_q, n_k, shift;  // query i is at position i + shift
-    int q0, k0;           // the sequence's first rows
-    // Under dropout tiles of keys begin where four neighbouring keys begin that share a Philox call; a segment may begin in the midst of four. The tiles then
-    // begin so many keys before key 0; those keys are masked like keys behind n_k.
-    int lead;
-    __device__ Sequence(const SoftmaxAttention& a, int s, bool dropout) {
-        n_q = a.q_len(s);
-        n_k = a.k_len(s);
-        shift = n_k - n_q;
-        q0 = a.cu_q[s];
-        k0 = a.cu_k[s];
-        lead = dropout && a.drop_pos ? a.drop_pos[s] % 4 : 0;
-    }
-};
-
-// The queries [begin, end) that see any of the keys [j0, j1), and the keys that any of the queries [i0, i1) sees. The launcher has set a window that does
-// not limit anything to 0, so that the sums below don't overflow.
-struct Range {
-    int begin, end;
-};
-__device__ inline Range queries_of(const SoftmaxAttention& a, const Sequence& s, int j0, int j1) {
-    j1 = min(j1, s.n_k);
-    return {max(0, max(j0, 0) - s.shift), a.window > 0 ? min(s.n_q, j1 - 1 + a.window - s.shift) : s.n_q};
-}
-__device__ inline Range keys_of(const SoftmaxAttention& a, const Sequence& s, int i0, int i1) {
-    i1 = min(i1, s.n_q);
-    return {a.window > 0 ? max(0, i0 + s.shift - a.window + 1) : 0, min(s.n_k, i1 + s.shift)};
-}
-__device__ inline bool visible(int position, int j, int window) { return j <= position && (window == 0 || j > position - window); }
-
-// Dropout of one sequence and head, cpu::dropout_row: key j for the query at `position` has word (start+j) % 4 of the call with counter (start+j)/4.
-struct Dropout {
-    uint32_t who, counter, start;
-    __device__ Dropout(const SoftmaxAttention& a, int s, int h) {
-        who = (uint32_t)((a.dropout.pass->first_row + (a.drop_seq ? a.drop_seq[s] : s)) * a.heads + h);
-        counter = a.dropout.counter();
-        start = a.drop_pos ? a.drop_pos[s] : 0;
-    }
-    __device__ Philox words(const SoftmaxAttention& a, int position, int j) const {
-        return philox(a.dropout.seed, (start + j) >> 2, start + position, who, counter);
-    }
-    __device__ bool keeps(const SoftmaxAttention& a, int position, int j) const {
-        Philox random = words(a, position, j);
-        uint32_t n = (start + j) % 4, word = n < 2 ? (n == 0 ? random.word[0] : random.word[1]) : (n == 2 ? random.word[2] : random.word[3]);
-        return word >= a.dropout.threshold;
-    }
-};
-
-// ---- the statistics of the rows -------------------------------------------------------------------------------------------------------------------------
-
-// stats (NH, q_rows) = {lse·log₂e, D·(1−p)}. A row that sees no key gets +inf for its lse, which makes all its P zero. Eight lanes make one sum, W numbers
-// each at a time; a block has 32 rows of one head, and the heads of these rows are neighbours.
-constexpr int DELTA_THREADS = 256, DELTA_ROWS = DELTA_THREADS / 8;
-
-template <int W>
-__global__ void softmax_backward_delta_kernel(SoftmaxAttention a, SoftmaxGradients g, float2* stats, float one_minus_p) {
-    int h = blockIdx.x % a.heads, lane = threadIdx.x % 8;
-    int64_t n = blockIdx.x / a.heads * (int64_t)DELTA_ROWS + threadIdx.x / 8;
-    bool there = n >= a.cu_q[0] && n < a.cu_q[a.num_seqs];
-    float sum = 0;
-    if (there) {
-        const floatX *o = g.o + n * g.o_stride + h * (int64_t)a.d_v, *d_o = g.d_o + n * g.do_stride + h * (int64_t)a.d_v;
-        for (int c = lane * W; c < a.d_v; c += 8 * W) {
-            if constexpr (W == 1) {
-                sum += to_float(o[c]) * to_float(d_o[c]);
-            } else {
-                Packed<floatX> x = load_packed(o + c), y = load_packed(d_o + c);
-#pragma unroll
-                for (int i = 0; i < W; i++) sum += x[i] * y[i];
-            }
-        }
-    }
-    for (int offset = 4; offset > 0; offset /= 2) sum += __shfl_xor_sync(0xffffffff, sum, offset);
-    if (!there || lane != 0) return;
-    float lse = g.lse[h * a.q_rows + n];
-    stats[h * a.q_rows + n] = make_float2(lse == -INFINITY ? INFINITY : lse * LOG2E, sum * one_minus_p);
-}
 
 // ---- the kernels for everything: float32 arithmetic -----------------------------------------------------------------------------------------------------
 //
@@ -320,24 +224,6 @@ __global__ void __launch_bounds__(THREADS, 2)
     store_slabs(dq, factor, g.dq + s.q0 * g.dq_stride + b.head * (int64_t)a.d_qk, g.dq_stride, i0, s.n_q, c0, a.d_qk);
 }
 
-// Blocks of a grid: `tiles` of each head and sequence.
-inline unsigned grid_size(int num_seqs, int heads, int tiles) {
-    int64_t blocks = (int64_t)num_seqs * heads * tiles;
-    assert(blocks <= INT_MAX);
-    return (unsigned)blocks;
-}
-
-inline void launch_delta(cudaStream_t stream, const SoftmaxAttention& a, const SoftmaxGradients& g, float2* stats) {
-    constexpr int W = Packed<floatX>::size;
-    int64_t blocks = ceil_div(a.q_rows, DELTA_ROWS) * a.heads;
-    if (blocks == 0) return;
-    assert(blocks <= INT_MAX);
-    bool vectors = aligned16(g.o) && aligned16(g.d_o) && g.o_stride % W == 0 && g.do_stride % W == 0 && a.d_v % W == 0;
-    auto kernel = vectors ? softmax_backward_delta_kernel<W> : softmax_backward_delta_kernel<1>;
-    kernel<<<(unsigned)blocks, DELTA_THREADS, 0, stream>>>(a, g, stats, a.dropout.p > 0 ? 1 / a.dropout.scale : 1);
-    LAUNCH_CHECK();
-}
-
 inline void launch2(cudaStream_t stream, const SoftmaxAttention& a, const SoftmaxGradients& g, const float2* stats) {
     const bool dropout = a.dropout.p > 0;
     const int k_tiles = (int)ceil_div(a.max_k, TILE2), q_tiles = (int)ceil_div(a.max_q, TILE2);
@@ -356,50 +242,9 @@ inline void launch2(cudaStream_t stream, const SoftmaxAttention& a, const Softma
 // ---- the kernels for tensor cores -----------------------------------------------------------------------------------------------------------------------
 #ifndef GPU_FLOAT32
 
-// mma.sync.m16n8k16 multiplies A (16×16) by B (16×8), all 32 lanes together. With row = lane/4 and pair = lane%4 a lane holds, two bf16 to a register,
-//     A: a[0] = A(row, 2·pair ...), a[1] = A(row+8, 2·pair ...), a[2] = A(row, 2·pair+8 ...), a[3] = A(row+8, 2·pair+8 ...)
-//     B: b[0] = B(2·pair ..., row), b[1] = B(2·pair+8 ..., row)
-//     C: c[0], c[1] = C(row, 2·pair ...), c[2], c[3] = C(row+8, 2·pair ...), float32
-// so that two neighbouring C, rounded to bf16, are an A. That decides the layout of both kernels: a warp computes P and dS with the rows it owns as rows and
-// the rows it walks over as columns (the keys' kernel computes Pᵀ and dSᵀ), and these go from registers straight into the products that sum over the columns.
-__device__ inline void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-// Four 8×8 matrices from shared memory: lane i gives the address of row i%8 of matrix i/8, 16 bytes. A lane gets the numbers (row, 2·pair ...) of each;
-// `transposed`: (2·pair ..., row).
-__device__ inline void load_matrices(uint32_t (&x)[4], uint32_t address) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];" : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3]) : "r"(address) : "memory");
-}
-__device__ inline void load_matrices_transposed(uint32_t (&x)[4], uint32_t address) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
-                 : "r"(address)
-                 : "memory");
-}
-// 16 or 8 bytes from global to shared memory without passing through registers, or zeros.
-__device__ inline void copy_async16(uint32_t to, const void* from, bool valid) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(valid ? 16 : 0) : "memory");
-}
-__device__ inline void copy_async8(uint32_t to, const void* from, bool valid) {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(to), "l"(from), "r"(valid ? 8 : 0) : "memory");
-}
-__device__ inline void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-template <int PENDING>
-__device__ inline void copy_async_wait() {  // until all but the last PENDING groups of this thread have come
-    asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
-}
-
-__device__ inline float exp2_fast(float x) {  // relative error 2⁻²²
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
-__device__ inline uint32_t pack_bf16(float low, float high) {
-    __nv_bfloat162 x = __floats2bfloat162_rn(low, high);
-    return *(uint32_t*)&x;
-}
+// With mma.sync's layouts (tensor_cores.cuh) a C, rounded, is an A. That decides the layout of both kernels: a warp computes P and dS with the rows it owns as
+// rows and the rows it walks over as columns (the keys' kernel computes Pᵀ and dSᵀ), and these go from registers straight into the products that sum over the
+// columns.
 
 // How a tile of rows of D numbers lies in shared memory, in chunks of 8 numbers (16 bytes): the place of a chunk. ldmatrix reads one chunk of each of eight
 // neighbouring rows, cp.async writes eight neighbouring chunks: each time the eight places must differ modulo 8, to meet all banks once. So the chunks of a
@@ -432,8 +277,6 @@ __device__ __forceinline__ void load_tile(uint32_t to, const floatX* from, int64
         from += HEIGHT * stride;
     }
 }
-
-__device__ inline int warp_of_block() { return __shfl_sync(0xffffffff, threadIdx.x / 32, 0); }  // tells the compiler that all lanes have the same
 
 // Below, a warp owns MT times 16 rows and works on NT times 8 of the rows it walks over. `own` and `other` are the addresses of the first of either in shared
 // memory, multiples of 16 rows (8 for `other`) from the start of their tiles.
@@ -872,14 +715,31 @@ inline bool fits_tensor_cores(const SoftmaxAttention& a, const SoftmaxGradients&
     return fits;
 }
 
+inline void launch6(cudaStream_t stream, const SoftmaxAttention& a, const SoftmaxGradients& g, const float2* stats) {
+    // The smallest pair of sizes that holds d_qk, d_v.
+    //                                     d_qk d_v  MT others chunk blocks
+    if (a.d_qk <= 32 && a.d_v <= 32)
+        launch6<Shape<32, 32, 2, 64, 16, 2>, Shape<32, 32, 2, 64, 32, 3>>(stream, a, g, stats);
+    else if (a.d_qk <= 64 && a.d_v <= 64)
+        launch6<Shape<64, 64, 2, 64, 16, 2>, Shape<64, 64, 2, 64, 32, 2>>(stream, a, g, stats);
+    else if (a.d_qk <= 96 && a.d_v <= 64)
+        launch6<Shape<96, 64, 1, 64, 16, 3>, Shape<96, 64, 2, 64, 16, 2>>(stream, a, g, stats);
+    else if (a.d_qk <= 96 && a.d_v <= 96)
+        launch6<Shape<96, 96, 1, 64, 32, 2>, Shape<96, 96, 1, 64, 32, 3>>(stream, a, g, stats);
+    else if (a.d_qk <= 128 && a.d_v <= 128)
+        launch6<Shape<128, 128, 1, 64, 16, 2>, Shape<128, 128, 1, 64, 32, 2>>(stream, a, g, stats);
+    else
+        launch6<Shape<192, 128, 1, 32, 16, 2, false, true>, Shape<192, 128, 1, 32, 16, 2>>(stream, a, g, stats);
+}
+
 #endif
 
 }  // namespace softmax_bwd
 
-// Scratch in bytes: two numbers for each query and head.
+// Scratch in bytes: two numbers for each query and head, and two counters.
 inline int64_t softmax_backward_scratch(int heads, int kv_heads, int d_qk, int d_v, int64_t q_rows, int64_t k_rows) {
     (void)kv_heads, (void)d_qk, (void)d_v, (void)k_rows;
-    return scratch_bytes({heads * q_rows * (int64_t)sizeof(float2)});
+    return scratch_bytes({heads * q_rows * (int64_t)sizeof(float2), 2 * sizeof(int)});
 }
 
 // dq, dk, dv of every row of every sequence, zeros where nothing is seen. Source: attention.h, cpu::softmax_backward.
@@ -889,25 +749,16 @@ inline void softmax_backward(cudaStream_t stream, const SoftmaxAttention& attent
     assert(!a.states && !a.q_at && a.heads % a.kv_heads == 0 && a.scale > 0);
     if (a.window >= a.max_k) a.window = 0;
     float2* stats = scratch.take<float2>(a.heads * a.q_rows);
-    launch_delta(stream, a, g, stats);
 #ifndef GPU_FLOAT32
-    if (fits_tensor_cores(a, g)) {
-        // The smallest pair of sizes that holds d_qk, d_v.
-        //                                     d_qk d_v  MT others chunk blocks
-        if (a.d_qk <= 32 && a.d_v <= 32)
-            launch6<Shape<32, 32, 2, 64, 16, 2>, Shape<32, 32, 2, 64, 32, 3>>(stream, a, g, stats);
-        else if (a.d_qk <= 64 && a.d_v <= 64)
-            launch6<Shape<64, 64, 2, 64, 16, 2>, Shape<64, 64, 2, 64, 32, 2>>(stream, a, g, stats);
-        else if (a.d_qk <= 96 && a.d_v <= 64)
-            launch6<Shape<96, 64, 1, 64, 16, 3>, Shape<96, 64, 2, 64, 16, 2>>(stream, a, g, stats);
-        else if (a.d_qk <= 96 && a.d_v <= 96)
-            launch6<Shape<96, 96, 1, 64, 32, 2>, Shape<96, 96, 1, 64, 32, 3>>(stream, a, g, stats);
-        else if (a.d_qk <= 128 && a.d_v <= 128)
-            launch6<Shape<128, 128, 1, 64, 16, 2>, Shape<128, 128, 1, 64, 32, 2>>(stream, a, g, stats);
-        else
-            launch6<Shape<192, 128, 1, 32, 16, 2, false, true>, Shape<192, 128, 1, 32, 16, 2>>(stream, a, g, stats);
+    const bool tensor_cores = fits_tensor_cores(a, g);
+    if (tensor_cores && launch7(stream, a, g, stats, scratch.take<int>(2))) return;
+    launch_delta(stream, a, g, stats);
+    if (tensor_cores) {
+        launch6(stream, a, g, stats);
         return;
     }
+#else
+    launch_delta(stream, a, g, stats);
 #endif
     launch2(stream, a, g, stats);
 }

@@ -12,6 +12,7 @@
 //
 //     softmax_forward_kernel2   any sizes and strides, float32 arithmetic: float32's only kernel, and bf16's for what the other does not take
 //     softmax_forward_kernel5   tensor cores: bf16, d_qk <= 192, d_v <= 128, all sizes and strides multiples of 8
+//     softmax_forward_kernel6   the same on Hopper GPUs, where there is no dropout: softmax_forward_hopper.cuh
 //
 // The numbers are those of the ladder, dev/cuda/attention_forward.cu, where the versions before them stand.
 // FLOPs: 2·(d_qk+d_v) for each visible pair and head. Memory: q, k, v, o once each, while the keys and values of the heads at work fit the L2 cache.
@@ -20,6 +21,7 @@
 #include <climits>
 
 #include "softmax.cuh"
+#include "tensor_cores.cuh"
 
 namespace gpu {
 
@@ -57,37 +59,38 @@ inline int grid_blocks(const SoftmaxAttention& a, int rows) {
     return (int)blocks;
 }
 
-// False: nothing to do for this block.
-__device__ inline bool find_tile(const SoftmaxAttention& a, int rows, Block* b) {
-    int tiles = equal_tiles(a, rows), x = blockIdx.x, s = 0;
-    if (tiles > 0) {
-        s = x / tiles / a.heads;
-        b->head = x / tiles % a.heads;
-    } else {
-        // The last sequence whose slots begin at or before ours: the 32 lanes look at 32 of those in question, n from s on.
-        int slot = x / a.heads, lane = threadIdx.x % 32;
-        for (int n = a.num_seqs; n > 1;) {
-            int step = (n + 31) / 32, at = lane * step;
-            bool begun = at < n && a.cu_q[s + at] / rows + s + at <= slot;
-            int last = max(__popc(__ballot_sync(0xffffffff, begun)) - 1, 0);
-            s += last * step;
-            n = min(step, n - last * step);
-        }
-        int first = a.cu_q[s] / rows + s;
-        tiles = a.cu_q[s + 1] / rows + s + 1 - first;
-        x -= first * a.heads;
-        b->head = x / tiles;
-        if (x < 0 || b->head >= a.heads) return false;  // before the first sequence, behind the last
+// Block x of a ragged batch: sequence, head, and the tile, counted from the sequence's last; whole warps call it. False: nothing to do.
+__device__ inline bool find_ragged_tile(const SoftmaxAttention& a, int rows, int x, int* seq, int* head, int* tile) {
+    // The last sequence whose slots begin at or before ours: the 32 lanes look at 32 of those in question, n from s on.
+    int slot = x / a.heads, lane = threadIdx.x % 32, s = 0;
+    for (int n = a.num_seqs; n > 1;) {
+        int step = (n + 31) / 32, at = lane * step;
+        bool begun = at < n && a.cu_q[s + at] / rows + s + at <= slot;
+        int last = max(__popc(__ballot_sync(0xffffffff, begun)) - 1, 0);
+        s += last * step;
+        n = min(step, n - last * step);
     }
-    b->seq = s;
-    b->start = (tiles - 1 - x % tiles) * rows;
-    return b->start < a.q_len(s);
+    int first = a.cu_q[s] / rows + s, tiles = a.cu_q[s + 1] / rows + s + 1 - first;
+    x -= first * a.heads;
+    *seq = s;
+    *head = x / tiles;
+    *tile = x % tiles;
+    return x >= 0 && *head < a.heads && *tile * rows < a.q_len(s);  // not before the first sequence, nor behind the last
 }
 
 // `rows` queries and `keys` keys a tile.
 __device__ inline bool find_block(const SoftmaxAttention& a, int rows, int keys, bool dropout, Block* b) {
-    if (!find_tile(a, rows, b)) return false;
+    int tiles = equal_tiles(a, rows), tile;
+    if (tiles > 0) {
+        tile = blockIdx.x % tiles;
+        b->seq = blockIdx.x / tiles / a.heads;
+        b->head = blockIdx.x / tiles % a.heads;
+        if (tile * rows >= a.q_len(b->seq)) return false;
+    } else if (!find_ragged_tile(a, rows, blockIdx.x, &b->seq, &b->head, &tile)) {
+        return false;
+    }
     int s = b->seq, g = b->head * a.kv_heads / a.heads;
+    b->start = ((a.q_len(s) - 1) / rows - tile) * rows;
     b->n_q = a.q_len(s);
     b->n_k = a.k_len(s);
     b->first = a.position(s, b->start);
@@ -271,43 +274,6 @@ __global__ void __launch_bounds__(THREADS, 3) softmax_forward_kernel2(SoftmaxAtt
 // ---- the kernel for tensor cores ----------------------------------------------------------------------------------------------------------------------------
 #ifndef GPU_FLOAT32
 
-// mma.sync.m16n8k16 multiplies A (16×16) by B (16×8), all 32 lanes together. With row = lane/4 and pair = lane%4 a lane holds, two bf16 to a register,
-//     A: a[0] = A(row, 2·pair ...), a[1] = A(row+8, 2·pair ...), a[2] = A(row, 2·pair+8 ...), a[3] = A(row+8, 2·pair+8 ...)
-//     B: b[0] = B(2·pair ..., row), b[1] = B(2·pair+8 ..., row)
-//     C: c[0], c[1] = C(row, 2·pair ...), c[2], c[3] = C(row+8, 2·pair ...), float32
-// so that two neighbouring C, rounded to bf16, are an A: the weights never leave the registers.
-__device__ inline void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-// Four 8×8 matrices from shared memory: lane i gives the address of row i%8 of matrix i/8, 16 bytes. A lane gets the numbers (row, 2·pair ...) of each;
-// `transposed`: (2·pair ..., row).
-__device__ inline void load_matrices(uint32_t (&x)[4], uint32_t address) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];" : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3]) : "r"(address) : "memory");
-}
-__device__ inline void load_matrices_transposed(uint32_t (&x)[4], uint32_t address) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
-                 : "r"(address)
-                 : "memory");
-}
-// 16 bytes from global to shared memory without passing through registers, or 16 zeros.
-__device__ inline void copy_async(uint32_t to, const void* from, bool valid) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(valid ? 16 : 0) : "memory");
-}
-__device__ inline void copy_async_wait() { asm volatile("cp.async.wait_all;" ::: "memory"); }
-
-__device__ inline float exp2_fast(float x) {  // relative error 2⁻²²
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
-__device__ inline uint32_t pack_bf16(float low, float high) {
-    __nv_bfloat162 x = __floats2bfloat162_rn(low, high);
-    return *(uint32_t*)&x;
-}
-
 // How a tile of rows of D numbers lies in shared memory, in chunks of 8 numbers (16 bytes). ldmatrix reads one chunk of each of eight neighbouring rows,
 // cp.async writes eight neighbouring chunks: each time the eight must be different modulo 8, to meet all banks once. So a row's chunks change places with one
 // another, by an exclusive or with the row's number: within groups of 8, or of 4 where a row is an odd number of times 4 chunks long and two rows go
@@ -332,7 +298,7 @@ __device__ __forceinline__ void load_tile(uint32_t to, const floatX* from, int64
     for (int r = 0; r < ROWS; r += HEIGHT)
 #pragma unroll
         for (int c = 0; c < D / 8; c += WIDTH)
-            copy_async(to + 16 * (r * (D / 8) + c), from + r * stride + c * 8, (unsigned)(first + row + r) < (unsigned)end && (chunk + c) * 8 < d);
+            copy_async16(to + 16 * (r * (D / 8) + c), from + r * stride + c * 8, (unsigned)(first + row + r) < (unsigned)end && (chunk + c) * 8 < d);
 }
 
 // A warp has MT times 16 rows and NT times 8 keys. Addresses q, k, v are those of its first row, and of the tile's first key, in shared memory.
@@ -541,7 +507,7 @@ __global__ void __launch_bounds__(THREADS, Shape5<DQK, DV, KEYS, MT, DROPOUT>::B
     __syncthreads();
     const int row = threadIdx.x / 32 * (16 * MT);                 // the warp's first row in the tile
     const int first = b.first + row, last = first + 16 * MT - 1;  // positions of the warp's rows
-    const uint32_t shared_q = (uint32_t)__cvta_generic_to_shared(softmax_forward_shared), shared_kv = shared_q + Shape::Q_BYTES;
+    const uint32_t shared_q = shared_address(softmax_forward_shared), shared_kv = shared_q + Shape::Q_BYTES;
     auto load_keys = [&](int j0, uint32_t to) {
         load_tile<DQK, KEYS>(to, b.k, b.k_stride, j0, b.n_k, a.d_qk);
         load_tile<DV, KEYS>(to + Shape::K_BYTES, b.v, b.v_stride, j0, b.n_k, a.d_v);
@@ -557,7 +523,7 @@ __global__ void __launch_bounds__(THREADS, Shape5<DQK, DV, KEYS, MT, DROPOUT>::B
         load_keys(j0, shared_kv);
     }
     for (; j0 < b.end; j0 += KEYS) {
-        copy_async_wait();
+        copy_async_wait_all();
         __syncthreads();  // this tile has come, and the one before has been read by all warps
         if (j0 + KEYS < b.end) load_keys(j0 + KEYS, shared_kv + Shape::KV_BYTES - now);
         // Unless no row of this warp sees any of these keys:
@@ -638,12 +604,19 @@ inline void forward2(cudaStream_t stream, const SoftmaxAttention& a, floatX* o, 
 
 }  // namespace softmax_fwd
 
+}  // namespace gpu
+
+#include "softmax_forward_hopper.cuh"
+
+namespace gpu {
+
 // o (rows of q; row n, head h: o[n·o_stride + h·d_v]); lse (NH, q_rows): lse[h·q_rows + n], natural logarithm, or null. Rows of q outside the sequences are
 // left alone. `a` without states.
 inline void softmax_forward(cudaStream_t stream, const SoftmaxAttention& a, floatX* o, int64_t o_stride, float* lse) {
     assert(!a.states);
 #ifndef GPU_FLOAT32
-    if (softmax_fwd::takes_tensor_cores(a, o, o_stride)) return softmax_fwd::forward5<2>(stream, a, o, o_stride, lse);
+    if (softmax_fwd::takes_tensor_cores(a, o, o_stride))
+        return softmax_fwd::takes_hopper(a) ? softmax_fwd::forward6(stream, a, o, o_stride, lse) : softmax_fwd::forward5<2>(stream, a, o, o_stride, lse);
 #endif
     softmax_fwd::forward2(stream, a, o, o_stride, lse);
 }

@@ -1,0 +1,262 @@
+// The forward matrix product of a linear layer on Hopper (bf16, compute capability 9.0a), with an epilogue that runs beside the products, not behind them.
+//
+//     C (M,N) = A (M,K)·B (N,K)ᵀ + bias (N)        row-major, sums float32
+//
+// A block stays on its multiprocessor (one each) and computes tiles of 128 x BN of C, one behind another. Of its three warpgroups
+//     one copies       one thread keeps a ring of stages full: 64 of K, 128 x 64 of A and BN x 64 of B a stage, by bulk tensor copies
+//     two multiply     the tiles in turns: while one has the matrix units the other takes its sums, in registers, through the epilogue and to memory
+//
+// A stage is 64 of K, 40 KB, and is multiplied in 768 clocks: 53 bytes a clock from the second-level cache, more than that delivers to all multiprocessors at
+// once. So two blocks make a cluster: they have tiles one below the other, which need the same B; each fetches half of it and the copy goes to both, 37 bytes
+// a clock. The power limit then holds the clock below what the matrix units could run at.
+//
+// The order of every sum is fixed by the shapes: same call, same bits.
+#pragma once
+
+#include <algorithm>
+
+#include "hopper.cuh"
+
+namespace gpu {
+
+#ifndef GPU_FLOAT32
+
+struct HopperMatmul {
+    int64_t M, N, K;
+    const floatX* A;  // (M,K)
+    int64_t lda;
+    const floatX* B;  // (N,K)
+    int64_t ldb;
+    floatX* C;  // (M,N)
+    int64_t ldc;
+    const floatX* bias = nullptr;  // (N)
+};
+
+constexpr int HOPPER_BM = 128, HOPPER_BK = 64, PANEL_BYTES = 64 * 128;
+
+// What stands where in shared memory: the ring; for each of eight warps that multiply OUT_BLOCKS blocks of 16 x 64 numbers of its tile, on their way to
+// memory; a warpgroup's bias; barriers.
+template <int BN, int STAGES, int OUT_BLOCKS>
+struct HopperTile {
+    static constexpr int A_BYTES = HOPPER_BM * 128, STAGE_BYTES = A_BYTES + BN * 128, PANELS = BN / 64, BLOCKS = 2 * PANELS, BLOCK_BYTES = 16 * 128;
+    static constexpr int OUT = STAGES * STAGE_BYTES, BIAS = OUT + 8 * OUT_BLOCKS * BLOCK_BYTES, BARRIERS = BIAS + 2 * BN * 4;
+    static constexpr int BYTES = BARRIERS + 2 * STAGES * 8;
+    static_assert(BYTES <= 227 << 10);
+};
+
+// ---- clusters
+// -------------------------------------------------------------------------------------------------------------------------------------------------
+
+__device__ inline int cluster_rank() {
+    int rank = 0;
+    HOPPER_ONLY(asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));)
+    return rank;
+}
+__device__ inline void cluster_barrier() { HOPPER_ONLY(asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");) }
+// Arrive at the barrier that stands at the same place in block `rank` of the cluster.
+__device__ inline void barrier_arrive_at(uint32_t barrier, int rank) {
+    HOPPER_ONLY(asm volatile("{\n"
+                             ".reg .b32 remote;\n"
+                             "mapa.shared::cluster.u32 remote, %0, %1;\n"
+                             "mbarrier.arrive.shared::cluster.b64 _, [remote];\n"
+                             "}" ::"r"(barrier),
+                             "r"(rank)
+                             : "memory");)
+}
+// The box to the same place in all blocks of `mask`, and its bytes to each block's own barrier.
+__device__ inline void bulk_load_multicast(uint32_t to, const CUtensorMap* map, uint32_t barrier, int c0, int c1, int mask) {
+    HOPPER_ONLY(
+        asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, {%3,%4}], [%2], %5;" ::"r"(to),
+                     "l"(map), "r"(barrier), "r"(c0), "r"(c1), "h"((uint16_t)mask)
+                     : "memory");)
+}
+// Four 8×8 matrices to shared memory, the reverse of load_matrices().
+__device__ inline void store_matrices(uint32_t address, uint32_t x0, uint32_t x1, uint32_t x2, uint32_t x3) {
+    HOPPER_ONLY(asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(address), "r"(x0), "r"(x1), "r"(x2), "r"(x3) : "memory");)
+}
+
+// ---- the kernel
+// -------------------------------------------------------------------------------------------------------------------------------------------------
+
+struct HopperShape {
+    int M, N, K;
+    int rows, columns;  // in tiles; rows: of CLUSTER tiles one below the other
+    int tiles;          // rows·columns
+    static constexpr int GROUP = 16;
+    // Sixteen rows from left to right, then the next sixteen: what runs at a time reads few rows of A and few of B, which the second-level cache then holds.
+    __device__ void at(int tile, int& row, int& column) const {
+        int first = tile / (GROUP * columns) * GROUP, height = min(rows - first, GROUP), i = tile % (GROUP * columns);
+        row = first + i % height;
+        column = i / height;
+    }
+};
+
+template <int BN, int STAGES, int OUT_BLOCKS, int CLUSTER>
+__global__ void __launch_bounds__(384, 1) matmul_kernel7(const __grid_constant__ CUtensorMap a_map, const __grid_constant__ CUtensorMap b_map,
+                                                         const __grid_constant__ CUtensorMap c_map, HopperShape shape, const floatX* bias) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+    using Tile = HopperTile<BN, STAGES, OUT_BLOCKS>;
+    extern __shared__ __align__(1024) char matmul_memory[];
+    uint32_t shared = shared_address(matmul_memory);
+    uint32_t full = shared + Tile::BARRIERS, empty = full + STAGES * 8;
+    int warpgroup = threadIdx.x / 128, lane = threadIdx.x % 32, rank = CLUSTER > 1 ? cluster_rank() : 0;
+    int steps = (shape.K + HOPPER_BK - 1) / HOPPER_BK, first = blockIdx.x / CLUSTER, stride = gridDim.x / CLUSTER;
+    if (threadIdx.x == 0) {
+        for (int s = 0; s < STAGES; s++) {
+            barrier_init(full + s * 8, 1);
+            barrier_init(empty + s * 8, 4 * CLUSTER);  // the warps that multiply it, in all blocks
+        }
+        barrier_init_fence();
+    }
+    if constexpr (CLUSTER > 1)
+        cluster_barrier();
+    else
+        __syncthreads();
+
+    if (warpgroup == 0) {
+        // ---- copies
+        fewer_registers<40>();
+        if (threadIdx.x == 0) {
+            int stage = 0, parity = 1;
+            for (int tile = first; tile < shape.tiles; tile += stride) {
+                int row, column;
+                shape.at(tile, row, column);
+                int i0 = (row * CLUSTER + rank) * HOPPER_BM, j0 = column * BN;
+                for (int step = 0; step < steps; step++) {
+                    uint32_t a = shared + stage * Tile::STAGE_BYTES, b = a + Tile::A_BYTES, barrier = full + stage * 8;
+                    barrier_wait(empty + stage * 8, parity);
+                    barrier_arrive_expect(barrier, Tile::STAGE_BYTES);
+                    bulk_load(a, &a_map, barrier, step * HOPPER_BK, i0);
+                    // Each block of the cluster fetches its part of B's rows.
+                    if constexpr (CLUSTER > 1)
+                        bulk_load_multicast(b + rank * (BN / CLUSTER * 128), &b_map, barrier, step * HOPPER_BK, j0 + rank * (BN / CLUSTER), (1 << CLUSTER) - 1);
+                    else
+                        bulk_load(b, &b_map, barrier, step * HOPPER_BK, j0);
+                    if (++stage == STAGES) stage = 0, parity ^= 1;
+                }
+            }
+        }
+    } else {
+        // ---- products
+        more_registers<232>();
+        int group = warpgroup - 1, warp = threadIdx.x / 32 - 4;  // warp: of eight
+        // A block of this warp in shared memory is two times two 8×8 matrices a 16 columns: lane l has the address of row l%8 of matrix l/8.
+        uint32_t out = shared + Tile::OUT + warp * OUT_BLOCKS * Tile::BLOCK_BYTES, out_lane = lane % 16 * 128 + (lane / 16 ^ lane % 8) * 16;
+        float* tile_bias = (float*)(matmul_memory + Tile::BIAS) + group * BN;
+        auto release = [&](int s) {
+            if (CLUSTER == 1 && lane == 0) barrier_arrive(empty + s * 8);
+            if (CLUSTER > 1 && lane < CLUSTER) barrier_arrive_at(empty + s * 8, lane);
+        };
+        int done = group * steps;  // of the steps that went through the ring
+        for (int tile = first + group * stride; tile < shape.tiles; tile += 2 * stride, done += 2 * steps) {
+            int row, column;
+            shape.at(tile, row, column);
+            int i0 = (row * CLUSTER + rank) * HOPPER_BM + warp % 4 * 16, j0 = column * BN;  // i0: this warp's
+            int columns_left = shape.N - j0;
+            if (lane == 0) bulk_store_wait();
+            named_barrier(3 + group, 128);  // all have done with the last tile's bias
+            for (int j = threadIdx.x % 128; j < BN; j += 128) tile_bias[j] = bias && j < columns_left ? to_float(bias[j0 + j]) : 0;
+            named_barrier(3 + group, 128);
+            // Whose turn it is: after the other one has seen its last stage.
+            if (tile != first) named_barrier(1 + group, 256);
+            float sum[2][BN / 2];
+            int stage = done % STAGES, parity = done / STAGES % 2, last = 0;
+            for (int step = 0; step < steps; step++) {
+                uint32_t a = (shared + stage * Tile::STAGE_BYTES) & 0x3ffff, b = a + Tile::A_BYTES;  // without the number of the block in its cluster
+                barrier_wait(full + stage * 8, parity);
+                products_begin();
+#pragma unroll
+                for (int p = 0; p < HOPPER_BK / 16; p++) {
+                    uint64_t operand_b = panel_operand(b) + p * 2;
+#pragma unroll
+                    for (int m = 0; m < 2; m++) product(sum[m], panel_operand(a + m * PANEL_BYTES) + p * 2, operand_b, step > 0 || p > 0);
+                }
+                products_commit();
+                if (step > 0) {
+                    products_wait<1>();
+                    release(last);
+                }
+                last = stage;
+                if (++stage == STAGES) stage = 0, parity ^= 1;
+            }
+            if (tile + stride < shape.tiles) named_barrier_arrive(2 - group, 256);
+            products_wait<0>();
+            release(last);
+            products_done(sum[0]);
+            products_done(sum[1]);
+
+            // ---- epilogue
+#pragma unroll
+            for (int block = 0; block < Tile::BLOCKS; block++) {  // two 64 rows apart, then the next panel
+                int slot = block % OUT_BLOCKS * Tile::BLOCK_BYTES;
+                if (block >= OUT_BLOCKS && lane == 0) bulk_store_wait<OUT_BLOCKS - 1>();
+                if (block >= OUT_BLOCKS) __syncwarp();  // before that, the wait and the barriers before the products do
+#pragma unroll
+                for (int n = 0; n < 8; n += 2) {  // 16 columns: as many 8×8 matrices as one instruction stores
+                    float y[8];
+#pragma unroll
+                    for (int i = 0; i < 8; i++) y[i] = sum[block % 2][block / 2 * 32 + n * 4 + i];
+#pragma unroll
+                    for (int i = 0; i < 8; i += 4) {
+                        float2 x = *(const float2*)(tile_bias + block / 2 * 64 + (n + i / 4) * 8 + lane % 4 * 2);
+                        y[i] += x.x, y[i + 1] += x.y, y[i + 2] += x.x, y[i + 3] += x.y;
+                    }
+                    store_matrices(((out + out_lane) ^ n * 16) + slot, pack_bf16(y[0], y[1]), pack_bf16(y[2], y[3]), pack_bf16(y[4], y[5]),
+                                   pack_bf16(y[6], y[7]));
+                }
+                async_fence();
+                __syncwarp();
+                if (lane == 0) {
+                    bulk_store(&c_map, out + slot, j0 + block / 2 * 64, i0 + block % 2 * 64);
+                    bulk_store_commit();
+                }
+            }
+        }
+        bulk_store_wait();
+    }
+    if constexpr (CLUSTER > 1) cluster_barrier();  // others' copies and arrivals may still be on their way to this block
+#endif
+}
+
+// Four stages of 40 KB; 192 columns, since GPT-2's numbers of channels are multiples of 192 more often than of 256.
+constexpr int HOPPER_BN = 192, HOPPER_STAGES = 4, HOPPER_OUT_BLOCKS = 4;
+
+template <int CLUSTER>
+inline void launch_hopper_matmul(cudaStream_t stream, const HopperMatmul& m) {
+    using Tile = HopperTile<HOPPER_BN, HOPPER_STAGES, HOPPER_OUT_BLOCKS>;
+    auto matrix = [](const floatX* x, int64_t rows, int64_t columns, int64_t ld, int box_rows) {
+        return tensor_map<2>(x, {columns, rows}, {ld}, {64, box_rows});
+    };
+    CUtensorMap a_map = matrix(m.A, m.M, m.K, m.lda, HOPPER_BM), c_map = matrix(m.C, m.M, m.N, m.ldc, 16);
+    CUtensorMap b_map = matrix(m.B, m.N, m.K, m.ldb, HOPPER_BN / CLUSTER);
+    int rows = (int)ceil_div(m.M, HOPPER_BM * CLUSTER), columns = (int)ceil_div(m.N, HOPPER_BN);
+    HopperShape shape = {(int)m.M, (int)m.N, (int)m.K, rows, columns, rows * columns};
+
+    auto* kernel = matmul_kernel7<HOPPER_BN, HOPPER_STAGES, HOPPER_OUT_BLOCKS, CLUSTER>;
+    static const bool allowed = [&] { return allow_shared_memory(kernel, Tile::BYTES), true; }();
+    (void)allowed;
+    cudaLaunchAttribute cluster = {};
+    cluster.id = cudaLaunchAttributeClusterDimension;
+    cluster.val.clusterDim = {CLUSTER, 1, 1};
+    cudaLaunchConfig_t config = {};
+    config.gridDim = CLUSTER * std::min(shape.tiles, device_properties().multiProcessorCount / CLUSTER);
+    config.blockDim = 384;
+    config.dynamicSmemBytes = Tile::BYTES;
+    config.stream = stream;
+    config.attrs = &cluster;
+    config.numAttrs = 1;
+    CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, a_map, b_map, c_map, shape, m.bias));
+}
+
+// Whether hopper_matmul() can do this: rows start on multiples of 16 bytes, and those of C end there (the copy engine does not stop within 16 bytes).
+inline bool hopper_matmul_takes(const HopperMatmul& m) {
+    auto rows16 = [](const floatX* x, int64_t ld) { return aligned16(x) && ld % 8 == 0; };
+    auto fits = [](int64_t n) { return n > 0 && n < 1 << 30; };
+    return hopper_code() && fits(m.M) && fits(m.N) && fits(m.K) && m.N % 8 == 0 && rows16(m.A, m.lda) && rows16(m.B, m.ldb) && rows16(m.C, m.ldc) &&
+           fits(ceil_div(m.M, HOPPER_BM) * ceil_div(m.N, HOPPER_BN));
+}
+inline void hopper_matmul(cudaStream_t stream, const HopperMatmul& m) { launch_hopper_matmul<2>(stream, m); }
+
+#endif
+
+}  // namespace gpu
