@@ -134,15 +134,14 @@ class Ladder {
         for (int i = 1; i < argc; i++) {
             if (!strcmp(argv[i], "--check"))
                 timing = false;
-            else if (atoi(argv[i]) >= 1 && atoi(argv[i]) <= (int)this->versions.size())
-                only = atoi(argv[i]);
-            else
+            else if ((only = atoi(argv[i])) < 1)
                 fprintf(stderr, "error: unknown argument '%s': give a version from 1 to %zu, or --check\n", argv[i], this->versions.size()), exit(EXIT_USAGE);
         }
         int devices = 0;
         if (cudaGetDeviceCount(&devices) != cudaSuccess || devices == 0)
             fprintf(stderr, "error: no CUDA device: run this on a machine with one\n"), exit(EXIT_DATA);
         CUDA_CHECK(cudaStreamCreate(&stream));
+        if (only > (int)this->versions.size()) fprintf(stderr, "%s has no version %d\n", family, only);  // another family of the same program may
         printf("### %s\n\n", family);
         for (size_t v = 0; v < this->versions.size(); v++) printf("%zu. %s\n", v + 1, this->versions[v]);
         printf("\n");

@@ -23,8 +23,8 @@
 //      clocks of the matrix units must come from the second-level cache, 53 bytes a clock: too much for all 132. Expected: 550 TFLOP/s
 //   7  two blocks, a cluster, fetch half of B each for both: 36 bytes a clock. Expected: what the power allows, 750 TFLOP/s (in use where its epilogue
 //      beside the products pays)
-//   8  cuBLASLt, its heuristic's first choice, bias in the epilogue (matmul.cuh)
-//   9  cuBLASLt, the fastest of 16 candidates (in use; the trainer keeps its plans with the run)
+//   8  what the trainer calls (matmul.cuh): cuBLASLt's first choice with the bias in its epilogue, or 7 where a rule says that it is faster
+//   9  the same with --tune: the fastest, by timing, of 7 and cuBLASLt's 16 candidates; the trainer keeps these plans with the run
 //
 // 3 to 7 are for bf16 and want rows of whole 16 bytes: K a multiple of 8. The checks of 8 and 9 also go through everything else that matmul.cuh does.
 #define GPT2_NO_MAIN
@@ -574,7 +574,7 @@ static void time_shapes(Ladder& ladder, int library) {
 int main(int argc, char** argv) {
     Ladder ladder("matmul",
                   {"a thread an element", "128x128 tiles in shared memory", "tensor cores: mma.sync, ldmatrix", "cp.async, three stages, swizzle", "wgmma",
-                   "copy engine, groups in turns", "clusters (in use)", "cuBLASLt", "cuBLASLt, tuned (in use)"},
+                   "copy engine, groups in turns", "clusters (in use)", "cuBLASLt, or 7 by a rule (in use)", "cuBLASLt or 7, the faster by timing (in use with --tune)"},
                   argc, argv);
     bool timing = argc < 2 || strcmp(argv[argc - 1], "--check") != 0;
     check_hopper(ladder);

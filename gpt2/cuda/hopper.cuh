@@ -75,19 +75,19 @@ inline CUtensorMap tensor_map(const void* data, const int64_t (&size)[RANK], con
 // parity of the phase it waits for: 0 for the first, 1 for the second, 0 for the third ... A barrier whose first phase has not completed counts as having
 // completed one of parity 1: producers begin by waiting for parity 1 of `empty`.
 
-__device__ inline void barrier_init(uint32_t barrier, int count) {
+__device__ __forceinline__ void barrier_init(uint32_t barrier, int count) {
     HOPPER_ONLY(asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(count) : "memory");)
 }
 // By the thread that made the barriers, before the __syncthreads() after which others use them: bulk copies must see them too.
-__device__ inline void barrier_init_fence() {
+__device__ __forceinline__ void barrier_init_fence() {
     HOPPER_ONLY(asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); asm volatile("fence.proxy.async.shared::cta;" ::: "memory");)
 }
-__device__ inline void barrier_arrive(uint32_t barrier) { HOPPER_ONLY(asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");) }
+__device__ __forceinline__ void barrier_arrive(uint32_t barrier) { HOPPER_ONLY(asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");) }
 // Arrive, and let the phase wait for so many bytes of bulk copies too.
-__device__ inline void barrier_arrive_expect(uint32_t barrier, int bytes) {
+__device__ __forceinline__ void barrier_arrive_expect(uint32_t barrier, int bytes) {
     HOPPER_ONLY(asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");)
 }
-__device__ inline void barrier_wait(uint32_t barrier, int parity) {
+__device__ __forceinline__ void barrier_wait(uint32_t barrier, int parity) {
     HOPPER_ONLY(asm volatile("{\n"
                              ".reg .pred done;\n"
                              "again:\n"
@@ -98,62 +98,62 @@ __device__ inline void barrier_wait(uint32_t barrier, int parity) {
                              : "memory");)
 }
 // Threads of whole warps that meet at one of the block's 16 hardware barriers (0 is __syncthreads()'s); `threads`: how many in all.
-__device__ inline void named_barrier(int id, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
-__device__ inline void named_barrier_arrive(int id, int threads) { asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
+__device__ __forceinline__ void named_barrier(int id, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
+__device__ __forceinline__ void named_barrier_arrive(int id, int threads) { asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
 
 // What this thread has written to shared memory becomes visible to products and bulk copies that are started after the next barrier.
-__device__ inline void async_fence() { HOPPER_ONLY(asm volatile("fence.proxy.async.shared::cta;" ::: "memory");) }
+__device__ __forceinline__ void async_fence() { HOPPER_ONLY(asm volatile("fence.proxy.async.shared::cta;" ::: "memory");) }
 
 // ---- bulk copies, by one thread -----------------------------------------------------------------------------------------------------------------------------
 
-__device__ inline void prefetch_map(const CUtensorMap* map) { HOPPER_ONLY(asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");) }
+__device__ __forceinline__ void prefetch_map(const CUtensorMap* map) { HOPPER_ONLY(asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");) }
 
 // The box at coordinates (c0 innermost ...) to shared memory; its bytes (zeros outside the tensor included) count towards the barrier's phase.
-__device__ inline void bulk_load(uint32_t to, const CUtensorMap* map, uint32_t barrier, int c0, int c1) {
+__device__ __forceinline__ void bulk_load(uint32_t to, const CUtensorMap* map, uint32_t barrier, int c0, int c1) {
     HOPPER_ONLY(asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3,%4}], [%2];" ::"r"(to), "l"(map),
                              "r"(barrier), "r"(c0), "r"(c1)
                              : "memory");)
 }
-__device__ inline void bulk_load(uint32_t to, const CUtensorMap* map, uint32_t barrier, int c0, int c1, int c2) {
+__device__ __forceinline__ void bulk_load(uint32_t to, const CUtensorMap* map, uint32_t barrier, int c0, int c1, int c2) {
     HOPPER_ONLY(asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3,%4,%5}], [%2];" ::"r"(to), "l"(map),
                              "r"(barrier), "r"(c0), "r"(c1), "r"(c2)
                              : "memory");)
 }
-__device__ inline void bulk_load(uint32_t to, const CUtensorMap* map, uint32_t barrier, int c0, int c1, int c2, int c3) {
+__device__ __forceinline__ void bulk_load(uint32_t to, const CUtensorMap* map, uint32_t barrier, int c0, int c1, int c2, int c3) {
     HOPPER_ONLY(asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3,%4,%5,%6}], [%2];" ::"r"(to), "l"(map),
                              "r"(barrier), "r"(c0), "r"(c1), "r"(c2), "r"(c3)
                              : "memory");)
 }
 // `bytes` contiguous bytes; addresses and size are multiples of 16.
-__device__ inline void bulk_load_bytes(uint32_t to, const void* from, uint32_t barrier, int bytes) {
+__device__ __forceinline__ void bulk_load_bytes(uint32_t to, const void* from, uint32_t barrier, int bytes) {
     HOPPER_ONLY(
         asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %3, [%2];" ::"r"(to), "l"(from), "r"(barrier), "r"(bytes)
                      : "memory");)
 }
 // From shared memory (async_fence() and a barrier behind the writes first) to the box. The shared memory may be used again, or the kernel end, after
 // bulk_store_wait().
-__device__ inline void bulk_store(const CUtensorMap* map, uint32_t from, int c0, int c1) {
+__device__ __forceinline__ void bulk_store(const CUtensorMap* map, uint32_t from, int c0, int c1) {
     HOPPER_ONLY(asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%2,%3}], [%1];" ::"l"(map), "r"(from), "r"(c0), "r"(c1) : "memory");)
 }
-__device__ inline void bulk_store(const CUtensorMap* map, uint32_t from, int c0, int c1, int c2, int c3) {
+__device__ __forceinline__ void bulk_store(const CUtensorMap* map, uint32_t from, int c0, int c1, int c2, int c3) {
     HOPPER_ONLY(asm volatile("cp.async.bulk.tensor.4d.global.shared::cta.bulk_group [%0, {%2,%3,%4,%5}], [%1];" ::"l"(map), "r"(from), "r"(c0), "r"(c1),
                              "r"(c2), "r"(c3)
                              : "memory");)
 }
-__device__ inline void bulk_store_commit() { HOPPER_ONLY(asm volatile("cp.async.bulk.commit_group;" ::: "memory");) }
+__device__ __forceinline__ void bulk_store_commit() { HOPPER_ONLY(asm volatile("cp.async.bulk.commit_group;" ::: "memory");) }
 template <int PENDING = 0>
-__device__ inline void bulk_store_wait() {  // until all groups of this thread but the last PENDING have been read from shared memory
+__device__ __forceinline__ void bulk_store_wait() {  // until all groups of this thread but the last PENDING have been read from shared memory
     HOPPER_ONLY(asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(PENDING) : "memory");)
 }
 
 // ---- registers: the producer's warps give theirs to the consumers (whole warpgroups; multiples of 8) --------------------------------------------------------
 
 template <int REGISTERS>
-__device__ inline void fewer_registers() {
+__device__ __forceinline__ void fewer_registers() {
     HOPPER_ONLY(asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(REGISTERS));)
 }
 template <int REGISTERS>
-__device__ inline void more_registers() {
+__device__ __forceinline__ void more_registers() {
     HOPPER_ONLY(asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(REGISTERS));)
 }
 
@@ -173,22 +173,22 @@ __device__ inline void more_registers() {
 //     products_begin();  product<N>(...);  product<N>(...);  products_commit();  ...  products_wait<0>();
 // Between begin and wait nobody may touch the c (nor the a in registers) of products under way; panels must not be overwritten.
 
-__device__ inline uint64_t panel_operand(uint32_t address) {  // rows of 128 bytes, eight rows 1024 bytes, 128-byte swizzle
+__device__ __forceinline__ uint64_t panel_operand(uint32_t address) {  // rows of 128 bytes, eight rows 1024 bytes, 128-byte swizzle
     return (uint64_t)(address >> 4) | (uint64_t)1 << 16 | (uint64_t)(1024 >> 4) << 32 | (uint64_t)1 << 62;
 }
-__device__ inline uint64_t panel_operand_transposed(uint32_t address, int panel_bytes) {
+__device__ __forceinline__ uint64_t panel_operand_transposed(uint32_t address, int panel_bytes) {
     return (uint64_t)(address >> 4) | (uint64_t)(panel_bytes >> 4) << 16 | (uint64_t)(1024 >> 4) << 32 | (uint64_t)1 << 62;
 }
 
-__device__ inline void products_begin() { HOPPER_ONLY(asm volatile("wgmma.fence.sync.aligned;" ::: "memory");) }
-__device__ inline void products_commit() { HOPPER_ONLY(asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");) }
+__device__ __forceinline__ void products_begin() { HOPPER_ONLY(asm volatile("wgmma.fence.sync.aligned;" ::: "memory");) }
+__device__ __forceinline__ void products_commit() { HOPPER_ONLY(asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");) }
 template <int PENDING>
-__device__ inline void products_wait() {  // until all committed groups but the last PENDING are done
+__device__ __forceinline__ void products_wait() {  // until all committed groups but the last PENDING are done
     HOPPER_ONLY(asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");)
 }
 // Nobody looks at these registers before this line: the compiler does not know that products write them late. Behind products_wait().
 template <int N>
-__device__ inline void products_done(float (&c)[N]) {
+__device__ __forceinline__ void products_done(float (&c)[N]) {
 #pragma unroll
     for (int i = 0; i < N; i++) asm volatile("" : "+f"(c[i])::"memory");
 }
@@ -225,7 +225,7 @@ __device__ inline void products_done(float (&c)[N]) {
 
 // c = a·b, or c += a·b if `accumulate`; both operands in shared memory.
 template <int TRANSPOSED_A = 0, int TRANSPOSED_B = 0, int C>
-__device__ inline void product(float (&c)[C], uint64_t a, uint64_t b, bool accumulate) {
+__device__ __forceinline__ void product(float (&c)[C], uint64_t a, uint64_t b, bool accumulate) {
     static_assert(C == 32 || C == 48 || C == 64 || C == 96 || C == 128, "64, 96, 128, 192 or 256 columns");
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
     if constexpr (C == 32) WGMMA_BOTH_SHARED(64, 32, 32, 33, 34, 35, 36);
@@ -237,7 +237,7 @@ __device__ inline void product(float (&c)[C], uint64_t a, uint64_t b, bool accum
 }
 // The same with a in registers.
 template <int TRANSPOSED_B = 0, int C>
-__device__ inline void product(float (&c)[C], const uint32_t (&a)[4], uint64_t b, bool accumulate) {
+__device__ __forceinline__ void product(float (&c)[C], const uint32_t (&a)[4], uint64_t b, bool accumulate) {
     static_assert(C == 32 || C == 48 || C == 64 || C == 96 || C == 128, "64, 96, 128, 192 or 256 columns");
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
     if constexpr (C == 32) WGMMA_A_REGISTERS(64, 32, 32, 33, 34, 35, 36, 37, 38);

@@ -467,6 +467,7 @@ inline bool matmul_hopper(cudaStream_t stream, const MatmulCall<Out>& c) {
         return true;
     }
 #endif
+    (void)stream, (void)c;
     return false;
 }
 // Where it was faster than cuBLASLt's first choice: a short sum, wide rows, tiles of 128 x 192 enough to go round.
