@@ -48,10 +48,10 @@ struct Options {
     int64_t val_every = 100, val_batches = 10, sample_every = 250, save_every = 250, seed = 1337, threads = 0;
 
     // a trained model
-    std::string checkpoint, prompt;
-    bool recall = false;
-    int64_t tokens = 256, top_k = 0;
-    double temperature = 0.8, top_p = 1;
+    std::string checkpoint, prompt, prompts, stop;
+    bool recall = false, jsonl = false;
+    int64_t tokens = 256, top_k = 0, samples = 1, parallel = 64;
+    double temperature = 0.8, top_p = 1, min_p = 0, repetition_penalty = 1;
 
     bool is_given(const char* name) const { return given.count(name) > 0; }
 };
@@ -171,10 +171,17 @@ inline const std::vector<OptionSpec>& option_specs() {
         {"checkpoint", EVAL | GENERATE, FREE, &O::checkpoint, 0, 0, "a run's directory (its newest step) or one step's"},
         {"recall", EVAL, FREE, &O::recall, 0, 0, "answer the questions beside the text (X.questions.jsonl), or --data itself if it is such a file"},
         {"prompt", GENERATE, FREE, &O::prompt, 0, 0, "text to go on from", "none"},
+        {"prompts", GENERATE, FREE, &O::prompts, 0, 0, "a file with a prompt a line; -: standard input", "none"},
+        {"samples", GENERATE, FREE, &O::samples, 1, 1e6, "texts for each prompt"},
+        {"parallel", GENERATE, FREE, &O::parallel, 1, 512, "texts written at the same time"},
+        {"jsonl", GENERATE, FREE, &O::jsonl, 0, 0, "a line of JSON for each text, as they end: prompt and sample (from 0), text, why it ended"},
         {"tokens", GENERATE, FREE, &O::tokens, 0, MANY, "write at most so many"},
+        {"stop", GENERATE, FREE, &O::stop, 0, 0, "end a text before this", "nothing"},
         {"temperature", GENERATE, FREE, &O::temperature, 0, 100, "0: always the likeliest token"},
         {"top-k", GENERATE, FREE, &O::top_k, 0, MANY, "choose among the k likeliest tokens; 0: all"},
         {"top-p", GENERATE, FREE, &O::top_p, 1e-9, 1, "choose among the likeliest tokens that make up this probability; 1: all"},
+        {"min-p", GENERATE, FREE, &O::min_p, 0, 1, "choose among the tokens at least so many times as probable as the likeliest; 0: all"},
+        {"repetition-penalty", GENERATE, FREE, &O::repetition_penalty, 0.01, 100, "above 1: tokens that the text has already become less likely"},
         {"seed", TRAIN | GENERATE, RUN, &O::seed, 0, EXACT, "of everything random"},
         {"threads", TRAIN | EVAL | GENERATE, FREE, &O::threads, 0, 4096, "0: one for each core"},
     };

@@ -4,6 +4,8 @@
 #include <csignal>
 #include <cstdio>
 #include <exception>
+#include <fstream>
+#include <iostream>
 #include <new>
 #include <string>
 #include <unistd.h>
@@ -70,26 +72,88 @@ static int evaluate(const Options& o) {
     return 0;
 }
 
+// The lines of a file, or of standard input; the last one needs no end.
+static std::vector<std::string> read_lines(const std::string& path) {
+    std::ifstream file;
+    if (path != "-") {
+        file.open(path);
+        if (!file) data_error("cannot read '%s': %s", path.c_str(), strerror(errno));
+    }
+    std::istream& in = path == "-" ? std::cin : file;
+    std::vector<std::string> lines;
+    for (std::string line; std::getline(in, line);) lines.push_back(line);
+    if (in.bad()) data_error("cannot read '%s': %s", path.c_str(), strerror(errno));
+    if (lines.empty()) data_error("there is no prompt in '%s': give one a line", path.c_str());
+    return lines;
+}
+
+static const char* stop_text(Stop stop) {
+    return stop == Stop::END_OF_TEXT ? "end of text" : stop == Stop::TEXT ? "stop" : stop == Stop::POSITIONS ? "positions" : "tokens";
+}
+
+// A single text is streamed. Of several, the first that has not ended is, and the others follow in their order; as JSON they come as they end.
 static int generate_text(const Options& o) {
     constexpr int64_t chunk = 512;
+    if (o.is_given("prompt") && o.is_given("prompts")) usage_error("--prompt and --prompts are both given: give one of them");
+    std::vector<std::string> prompts = o.is_given("prompts") ? read_lines(o.prompts) : std::vector<std::string>{o.prompt};
     LoadedModel m = load_trained(o, chunk);
-    std::vector<int> prompt = {m.tokenizer.end_of_text};
-    for (int token : m.tokenizer.encode(o.prompt)) prompt.push_back(token);
+    std::vector<Request> requests;
+    for (const std::string& prompt : prompts) {
+        requests.push_back({{m.tokenizer.end_of_text}, (int)o.samples});
+        for (int token : m.tokenizer.encode(prompt)) requests.back().prompt.push_back(token);
+    }
     GenerateOptions g;
-    g.sampler.temperature = o.temperature;
-    g.sampler.top_k = o.top_k;
-    g.sampler.top_p = o.top_p;
+    g.sampler = {o.temperature, o.top_k, o.top_p, o.min_p, o.repetition_penalty};
     g.seed = (uint64_t)o.seed;
     g.tokens = o.tokens;
     g.max_chunk = chunk;
-    bool written = true;
-    Stop stop = generate(*m.trainer, m.tokenizer, prompt, g, [&](const std::string& text) {
-        written = written && fwrite(text.data(), 1, text.size(), stdout) == text.size() && fflush(stdout) == 0;
-        if (!written) data_error("cannot write to standard output: %s", strerror(errno));
-    });
-    if (isatty(STDOUT_FILENO)) fprintf(stderr, "\n");
-    if (stop == Stop::POSITIONS) fprintf(stderr, "stopped: all of the model's %d positions are used up\n", m.trainer->config.max_seq);
-    if (stop == Stop::END_OF_TEXT) fprintf(stderr, "stopped: the model ended its text\n");
+    g.max_sequences = o.parallel;
+    g.stop = o.stop;
+
+    int texts = (int)(prompts.size() * o.samples), current = 0;
+    std::vector<std::string> waiting(texts);  // what has been written of texts behind the current one
+    std::vector<bool> ended(texts);
+    Stop last = Stop::TOKENS;
+    auto print = [](const std::string& text) {
+        if (fwrite(text.data(), 1, text.size(), stdout) != text.size() || fflush(stdout) != 0)
+            data_error("cannot write to standard output: %s", strerror(errno));
+    };
+    auto begin = [&](int text) {
+        if (texts == 1 || o.jsonl) return;
+        print(format("%s--- prompt %d, sample %d\n", text > 0 ? "\n" : "", text / (int)o.samples + 1, text % (int)o.samples + 1));
+    };
+    begin(0);
+    Generator generator(
+        *m.trainer, m.tokenizer, g,
+        [&](int text, const std::string& piece) {
+            if (o.jsonl || text != current)
+                waiting[text] += piece;
+            else if (!piece.empty())
+                print(piece);
+        },
+        [&](int text, Stop stop) {
+            last = stop;
+            ended[text] = true;
+            if (o.jsonl) {
+                nlohmann::ordered_json line = {{"prompt", text / o.samples}, {"sample", text % o.samples}, {"text", waiting[text]}, {"ended", stop_text(stop)}};
+                print(line.dump() + "\n");
+                return;
+            }
+            while (current < texts && ended[current]) {
+                if (++current == texts) break;
+                begin(current);
+                print(waiting[current]);
+                waiting[current].clear();
+            }
+        });
+    GenerateStats stats = generator.run(requests);
+    if (isatty(STDOUT_FILENO) && !o.jsonl) fprintf(stderr, "\n");
+    if (texts == 1 && last == Stop::POSITIONS) fprintf(stderr, "stopped: all of the model's %d positions are used up\n", m.trainer->config.max_seq);
+    if (texts == 1 && last == Stop::END_OF_TEXT) fprintf(stderr, "stopped: the model ended its text\n");
+    auto rate = [](int64_t tokens, double seconds) { return seconds > 0 ? (double)tokens / seconds : 0; };
+    fprintf(stderr, "prefill %lld tokens, %.0f tokens/s | decode %lld tokens, %.0f tokens/s | state %s\n", (long long)stats.prefill_tokens,
+            rate(stats.prefill_tokens, stats.prefill_seconds), (long long)stats.decode_tokens, rate(stats.decode_tokens, stats.decode_seconds),
+            bytes_text((double)stats.state_bytes).c_str());
     return 0;
 }
 

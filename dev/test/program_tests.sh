@@ -266,6 +266,23 @@ generate --temperature 0 --seed 1 >g4.txt; generate --temperature 0 --seed 2 >g5
 expect "greedy needs no seed" cmp -s g4.txt g5.txt
 expect "top-k 1 is greedy" cmp -s g4.txt g6.txt
 expect "a tiny top-p is greedy" cmp -s g4.txt g7.txt
+generate --min-p 1 >g7.txt
+expect "min-p 1 is greedy" cmp -s g4.txt g7.txt
+generate --temperature 0 --repetition-penalty 100 >g7.txt
+expect "a penalty changes the text" eval '! cmp -s g4.txt g7.txt'
+expect "says how fast it was" grep -Eq "^prefill [0-9]+ tokens, [0-9]+ tokens/s \| decode [0-9]+ tokens, [0-9]+ tokens/s \| state [0-9.]+ [KM]B$" err.txt
+generate --temperature 0 --stop "$(cut -c 5-7 g4.txt | head -1)" >g7.txt
+expect "it stops" [ "$(wc -c <g7.txt)" -lt "$(wc -c <g4.txt)" ]
+printf 'the cat\nthe key\nthe' >prompts.txt
+"$program" generate --checkpoint a --prompts prompts.txt --samples 2 --tokens 24 --seed 1 --parallel 3 >many.txt 2>err.txt
+expect "six texts" [ "$(grep -c '^--- prompt [123], sample [12]$' many.txt)" -eq 6 ]
+"$program" generate --checkpoint a --prompts - --samples 2 --tokens 24 --seed 1 --jsonl <prompts.txt >many.jsonl 2>err.txt
+expect "six lines" [ "$(grep -Ec '^\{"prompt":[012],"sample":[01],"text":".*","ended":"(tokens|end of text|positions)"\}$' many.jsonl)" -eq 6 ]
+error "no such prompts" 3 "cannot read 'nowhere.txt'" generate --checkpoint a --prompts nowhere.txt
+: >none.txt
+error "no prompts" 3 "no prompt in 'none.txt'" generate --checkpoint a --prompts none.txt
+error "two kinds of prompts" 2 "--prompt and --prompts" generate --checkpoint a --prompt x --prompts prompts.txt
+error "no samples" 2 "--samples is '0'" generate --checkpoint a --samples 0
 for seed in 1 2 3 4 5 6; do generate --temperature 50 --tokens 20 --seed $seed >g.txt; expect "valid UTF-8" iconv -f utf8 -t utf8 g.txt -o /dev/null; done
 good "tokens 0" generate --checkpoint a --tokens 0
 expect "writes nothing" [ ! -s out.txt ]
@@ -294,7 +311,7 @@ for command in train eval generate info; do
     done
 done
 expect "eval --help" [ "$(options eval | tr -d '\n')" = "--checkpoint--data--help--recall--threads" ]
-expect "generate --help" [ "$(options generate | tr -d '\n')" = "--checkpoint--help--prompt--seed--temperature--threads--tokens--top-k--top-p" ]
+expect "generate --help" [ "$(options generate | tr -d '\n')" = "--checkpoint--help--jsonl--min-p--parallel--prompt--prompts--repetition-penalty--samples--seed--stop--temperature--threads--tokens--top-k--top-p" ]
 good "info" info
 expect "the published size" eval '"$program" info --preset gpt2-124M | grep -q "124,475,904"'  # 124,439,808 and 47 rows of padding
 good "info of the largest" info --preset gpt2-1558M

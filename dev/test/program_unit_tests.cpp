@@ -7,6 +7,8 @@
 #include <cstdlib>
 #include <fstream>
 #include <limits>
+#include <set>
+#include <map>
 #include <string>
 #include <vector>
 
@@ -96,6 +98,42 @@ TEST_CASE("top k and top p cut where they say") {
     CHECK(drawn(0, 0.95) == "0123");
     CHECK(drawn(2, 0.9) == "13");
     CHECK(drawn(2, 0.5) == "1");  // of the two that are left, 4/7 and 3/7
+}
+TEST_CASE("min p keeps what is near the likeliest") {
+    float logits[] = {std::log(0.1f), std::log(0.4f), std::log(0.2f), std::log(0.3f)};
+    auto drawn = [&](const SamplerOptions& o) {
+        std::set<int> tokens;
+        for (int i = 0; i < 1000; i++) tokens.insert(sample_token(logits, 4, o, i / 1000.0));
+        return tokens;
+    };
+    CHECK(drawn({1, 0, 1, 0.2}) == std::set<int>{0, 1, 2, 3});
+    CHECK(drawn({1, 0, 1, 0.26}) == std::set<int>{1, 2, 3});
+    CHECK(drawn({1, 0, 1, 0.51}) == std::set<int>{1, 3});
+    CHECK(drawn({1, 0, 1, 1}) == std::set<int>{1});
+    CHECK(drawn({0.5, 0, 1, 0.26}) == std::set<int>{1, 3});  // of probabilities after the temperature
+    CHECK(drawn({1, 3, 1, 0.6}) == std::set<int>{1, 3});
+    CHECK(drawn({1, 0, 0.5, 0.1}) == std::set<int>{1, 3});
+}
+TEST_CASE("repetitions become less likely, whatever the sign of their logits") {
+    float logits[] = {2, -2, 3, 0};
+    penalise_repetitions(logits, {0, 1, 3}, 2);
+    CHECK((logits[0] == 1 && logits[1] == -4 && logits[2] == 3 && logits[3] == 0));
+}
+TEST_CASE("what may be the beginning of the text to stop at is held back") {
+    auto all = [](const std::string& stop, const std::vector<std::string>& pieces) {
+        StopFinder finder;
+        finder.stop = stop;
+        std::string out;
+        bool found = false;
+        for (const std::string& piece : pieces)
+            if (!found) out += finder.push(piece, &found) + "|";
+        return out + (found ? "!" : finder.held);
+    };
+    CHECK(all("", {"a", "b"}) == "a|b|");
+    CHECK(all("end", {"the e", "n", "t e", "nd."}) == "the ||ent ||!");
+    CHECK(all("end", {"een", "een"}) == "e|ene|en");
+    CHECK(all("aab", {"aa", "a", "ab"}) == "|a|a|!");
+    CHECK(all("x", {"axb"}) == "a|!");
 }
 TEST_CASE("equal logits rank by id") {
     std::vector<float> logits(100, 1.5f);
@@ -339,17 +377,35 @@ struct CountingTrainer : Trainer {
         for (int t : b.targets) sum += t;
         return sum / (double)b.targets.size();
     }
-    void extend(const Batch& b, const std::vector<int>&, float* logits) override {
+    std::map<int, std::vector<int>> states;  // of the living sequences, what each has read
+    int created = 0;
+    size_t most = 0;  // living at the same time
+    void extend(const Batch& b, const std::vector<int>& sequences, float* logits) override {
         seen.push_back(b.tokens);
-        write(b.tokens.back(), logits);
+        REQUIRE(b.cu_seqlens.size() == sequences.size() + 1);
+        CHECK((b.cu_seqlens.back() == (int)b.tokens.size() && b.targets.size() == b.tokens.size()));
+        CHECK(std::set<int>(sequences.begin(), sequences.end()).size() == sequences.size());
+        for (size_t s = 0; s < sequences.size(); s++) {
+            std::vector<int>& state = states.at(sequences[s]);
+            state.insert(state.end(), b.tokens.begin() + b.cu_seqlens[s], b.tokens.begin() + b.cu_seqlens[s + 1]);
+            write(state.back(), logits + 257 * s);
+        }
     }
     void initialise(uint64_t) override {}
     void backward() override {}
     double update(const AdamW&) override { return 0; }
-    int new_sequence() override { return 0; }
-    int fork_sequence(int) override { return 0; }
-    void free_sequence(int) override {}
-    size_t state_bytes() override { return 0; }
+    int new_sequence() override {
+        states[created];
+        most = std::max(most, states.size());
+        return created++;
+    }
+    int fork_sequence(int s) override {
+        int fork = new_sequence();
+        states[fork] = states.at(s);
+        return fork;
+    }
+    void free_sequence(int s) override { CHECK(states.erase(s) == 1); }
+    size_t state_bytes() override { return 100 * states.size(); }
     const Tensors& parameters() override { return none; }
     void get(Section, int, float*) override {}
     void set(Section, int, const float*) override {}
@@ -420,4 +476,63 @@ TEST_CASE("generation: the prompt goes in chunks, the text comes out, and it sto
     CHECK(generate(trainer, bytes, {256, 'a'}, g, print) == Stop::POSITIONS);
     CHECK(text == "bcdefghijklmnop");
     CHECK_THROWS_AS(generate(trainer, bytes, std::vector<int>(17, 'a'), g, print), Error);
+    CHECK(trainer.states.empty());
+    trainer.config.positions = Positions::ROPE;
+    text.clear();
+    g.stop = "efg";
+    CHECK(generate(trainer, bytes, {256, 'a'}, g, print) == Stop::TEXT);
+    CHECK(text == "bcd");
+    text.clear();
+    g.stop = "ex";
+    g.tokens = 4;  // the text ends where what it is to stop at might have begun
+    CHECK(generate(trainer, bytes, {256, 'a'}, g, print) == Stop::TOKENS);
+    CHECK(text == "bcde");
+}
+TEST_CASE("many texts: each is what it is alone, in whatever company") {
+    Tokenizer bytes = make_tokenizer("bytes");
+    std::vector<Request> requests = {
+        {{256, 'a', 'b', 'c', 'd', 'e', 'f', 'g'}, 1}, {{256}, 2}, {{256, 'x', 'y'}, 3}, {{256, 'p'}, 1}, {{256, 'q', 'q', 'q', 'q', 'q'}, 5}};
+    auto texts = [&](CountingTrainer& trainer, const std::vector<Request>& some, int64_t chunk, int64_t sequences, double temperature) {
+        trainer.config.positions = Positions::ROPE;
+        GenerateOptions g;
+        g.sampler.temperature = temperature;
+        g.seed = 7;
+        g.tokens = 9;
+        g.max_chunk = chunk;
+        g.max_sequences = sequences;
+        g.stop = "z";
+        std::map<int, std::string> out;
+        std::map<int, int> ended;
+        Generator generator(
+            trainer, bytes, g, [&](int text, const std::string& piece) { out[text] += piece; }, [&](int text, Stop) { ended[text]++; });
+        GenerateStats stats = generator.run(some);
+        size_t expected = 0;
+        for (const Request& r : some) expected += (size_t)r.samples;
+        CHECK((out.size() == expected && ended.size() == expected));
+        for (auto& [text, times] : ended) CHECK(times == 1);
+        CHECK(trainer.states.empty());
+        CHECK(trainer.most <= (size_t)sequences);
+        CHECK(stats.state_bytes <= 100 * (size_t)sequences);
+        for (auto& call : trainer.seen) CHECK((int64_t)call.size() <= chunk);
+        return out;
+    };
+    for (double temperature : {0.0, 4.0}) {
+        std::vector<std::string> alone;
+        for (const Request& r : requests) {
+            CountingTrainer trainer;
+            for (auto& [number, text] : texts(trainer, {r}, 100, 100, temperature)) alone.push_back(text);
+        }
+        if (temperature == 0) CHECK(alone[0] == "hijklmnop");
+        if (temperature > 0) CHECK(std::set<std::string>(alone.begin(), alone.end()).size() > 9);  // samples of a prompt differ
+        for (int64_t chunk : {1, 2, 5, 100})
+            for (int64_t sequences : {1, 2, 5, 100}) {
+                CountingTrainer trainer;
+                size_t i = 0;
+                for (auto& [number, text] : texts(trainer, requests, chunk, sequences, temperature)) CHECK(text == alone[i++]);
+            }
+    }
+    CountingTrainer shared;  // the samples of a prompt read it once
+    texts(shared, {requests[4]}, 100, 100, 0);
+    CHECK(shared.seen[0] == requests[4].prompt);
+    CHECK(shared.seen[1].size() == 5);
 }
