@@ -416,7 +416,7 @@ inline Attention infini_attention() { return {"infini", infini_saved, infini_scr
 // 5. Lightning attention
 //
 // Saves u = x·Wqkvᵀ, x·Wgᵀ, o and 1/rms, N·(5C + 1) numbers, and S for each carried memory. The states before chunks, which the CPU saves, are saved where
-// Hopper's kernels leave them (lightning_hopper.cuh), and computed again by all others.
+// Hopper's kernels leave them (N/64·C·hs numbers more, lightning_hopper.cuh), and computed again by all others.
 
 namespace gpu {
 

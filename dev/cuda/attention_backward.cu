@@ -444,8 +444,8 @@ static void time(Ladder& ladder, const Problem& p) {
 
 int main(int argc, char** argv) {
     Ladder ladder("attention_backward",
-                  {"a thread a row", "tiles in shared memory and registers", "tensor cores", "swizzled shared memory",
-                   "pipelined, own rows in registers, masks only where needed", "32 rows a warp", "Hopper: warpgroups, bulk copies (in use)"},
+                  {"a thread a row", "tiles in shared memory and registers (in use)", "tensor cores", "swizzled shared memory",
+                   "pipelined, own rows in registers, masks only where needed", "32 rows a warp (in use)", "Hopper: warpgroups, bulk copies (in use)"},
                   argc, argv);
 
     for (int T : {63, 64, 65, 200}) check(ladder, uniform(2, 3, T, 64, 64));

@@ -477,7 +477,7 @@ static void time(Ladder& ladder, const char* update, int B, int T, int S) {
 
 int main(int argc, char** argv) {
     Ladder ladder("infini_memory",
-                  {"as the equations stand", "all segments at once, tiles in shared memory, float32 arithmetic", "tensor cores (in use)",
+                  {"as the equations stand", "all segments at once, tiles in shared memory, float32 arithmetic (in use)", "tensor cores (in use)",
                    "Hopper: bulk copies, the gate and the queries in one pass (in use)"},
                   argc, argv);
     const std::vector<int> ragged = {3, 0, 1, 17, 7, 8, 40}, longer = {130, 0, 64, 257, 1};

@@ -415,7 +415,7 @@ static void time_backward(Ladder& ladder, const Shape& s) {
 
 int main(int argc, char** argv) {
     const std::vector<const char*> forward_versions = {"a thread a row", "a block a row, shared memory", "a warp a row",
-                                                       "16-byte accesses, the row in registers"};
+                                                       "16-byte accesses, the row in registers (in use)"};
     const std::vector<const char*> backward_versions = {"a thread a row; a thread a column", "a warp a row; columns in two stages", "16-byte accesses",
                                                         "one pass", "rows on their way through shared memory; one launch; columns of dx (in use)"};
     int failed = 0;

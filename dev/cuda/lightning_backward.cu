@@ -74,7 +74,7 @@ static void time(Ladder& ladder, const LightningShape& shape) {
 int main(int argc, char** argv) {
     Ladder ladder("lightning_backward",
                   {"token by token, three sweeps", "chunks, float32 arithmetic", "tensor cores", "dk and dv by one sweep", "spans where sequences are few",
-                   "wgmma, all by one sweep", "states left by forward"},
+                   "wgmma, all by one sweep", "states left by forward (in use)"},
                   argc, argv);
     if (getenv("LADDER_SMALL")) {  // for compute-sanitizer's racecheck
         check(ladder, {"", 1, 64, {200, 70}, true});

@@ -92,7 +92,7 @@ static void time(Ladder& ladder, const LightningShape& shape) {
 int main(int argc, char** argv) {
     Ladder ladder("lightning_forward",
                   {"token by token, a thread a column of S", "chunks, float32 arithmetic", "tensor cores, S in registers", "spans where sequences are few",
-                   "wgmma, bulk copies", "states left for backward"},
+                   "wgmma, bulk copies", "states left for backward (in use)"},
                   argc, argv);
     if (getenv("LADDER_SMALL")) {  // for compute-sanitizer's racecheck
         check(ladder, {"", 1, 64, {200, 70}, true});

@@ -21,7 +21,7 @@
 //   6  one thread fills the ring, by the copy engine, and two groups of four warps take turns: while one has the matrix units the other adds the bias to its
 //      tile of 128 x 192, rounds it and sends it to memory (gpt2/cuda/matmul_hopper.cuh; a block stays on its multiprocessor from tile to tile). 40 KB for 768
 //      clocks of the matrix units must come from the second-level cache, 53 bytes a clock: too much for all 132. Expected: 550 TFLOP/s
-//   7  two blocks, a cluster, fetch half of B each for both: 36 bytes a clock. Expected: what the power allows, 750 TFLOP/s (in use where its epilogue
+//   7  two blocks, a cluster, fetch half of B each for both: 37 bytes a clock. Expected: what the power allows, 750 TFLOP/s (in use where its epilogue
 //      beside the products pays)
 //   8  what the trainer calls (matmul.cuh): cuBLASLt's first choice with the bias in its epilogue, or 7 where a rule says that it is faster
 //   9  the same with --tune: the fastest, by timing, of 7 and cuBLASLt's 16 candidates; the trainer keeps these plans with the run

@@ -14,14 +14,13 @@
 // FLOPs do not matter, except for the angles: 10000^(−2i/d) and a reduction by 2π in double for each token and pair, some 150 operations.
 //
 //   1 naive: a kernel for each equation, a thread for each number or pair; every pair of every head computes its own angle, every norm is one thread's.
-//   2 one kernel for each of the three: angles once a token, in shared memory, for the key and all heads; a warp a norm. Expected: the double arithmetic
-//   shrinks
-//     by the number of heads, and with it most of the rotations' time; accesses of 2 bytes remain.
+//   2 one kernel for each of the three: angles once a token, in shared memory, for the key and all heads; a warp a norm. Expected: the double
+//     arithmetic shrinks by the number of heads, and with it most of the rotations' time; accesses of 2 bytes remain.
 //   3 16 bytes an access, and several on their way before the first is used. Expected: 80 % of the copy bandwidth.
 //   4 (latents, split) what a thread reads first is on its way before the block computes its angles: version 3 has nothing under way then, and three times a
 //     block, between its parts. split reads the rows of dkeys in one sweep, 192 neighbouring bytes a head, not first 128 and later 64 of each. Expected:
-//     latents 75 µs, split 130. More cannot be had: 64 of each 192 bytes of the queries are read and written in place, and memory does that at 2.1 TB/s at
-//     best.
+//     latents 75 µs, split 130. More cannot be had: 64 of each 192 bytes of the queries are read and written in place, and memory does
+//     that at 2.1 TB/s at best.
 #include "../../gpt2/cuda/mla.cuh"
 
 #include "ladder.h"
@@ -287,7 +286,7 @@ void time(Ladder& latent, Ladder& assembly, Ladder& splitting, const AttentionCo
 int main(int argc, char** argv) {
     Ladder latent("mla_latents", {"naive: norm, kr and queries apart", "one kernel, angles once a token", "16-byte accesses", "loads before angles (in use)"},
                   argc, argv);
-    Ladder assembly("mla_assemble", {"naive: a thread a number", "8 tokens a thread", "16-byte accesses"}, argc, argv);
+    Ladder assembly("mla_assemble", {"naive: a thread a number", "8 tokens a thread", "16-byte accesses (in use)"}, argc, argv);
     Ladder splitting("mla_split",
                      {"naive: copy and sum, kr and queries apart", "one kernel, angles once a token", "16-byte accesses",
                       "rows of dkeys in one sweep, loads before angles (in use)"},

@@ -13,6 +13,8 @@
 
 #include <cuda.h>  // CUtensorMap; libcuda is not linked: its one function that is needed comes through the runtime
 
+#include <algorithm>
+
 #include "tensor_cores.cuh"
 
 namespace gpu {
@@ -29,6 +31,8 @@ static __global__ void hopper_probe_kernel(int* out) {  // has static shared mem
 // Whether this GPU has these instructions and this program code for them.
 inline bool hopper_code() {
     static const bool yes = [] {
+        int devices = 0;
+        if (cudaGetDeviceCount(&devices) != cudaSuccess || devices == 0) return false;  // a plan is made on machines without a GPU too
         cudaFuncAttributes attributes;
         CUDA_CHECK(cudaFuncGetAttributes(&attributes, hopper_probe_kernel));
         return device_properties().major == 9 && attributes.sharedSizeBytes > 0;
@@ -57,7 +61,7 @@ inline CUtensorMap tensor_map(const void* data, const int64_t (&size)[RANK], con
     cuuint64_t sizes[RANK], strides[RANK];
     cuuint32_t boxes[RANK], steps[RANK];
     for (int i = 0; i < RANK; i++) {
-        sizes[i] = (cuuint64_t)size[i];
+        sizes[i] = (cuuint64_t)std::max<int64_t>(size[i], 1);  // no box is fetched of an empty tensor
         boxes[i] = (cuuint32_t)box[i];
         steps[i] = 1;
         if (i > 0) strides[i - 1] = (cuuint64_t)stride[i - 1] * sizeof(__nv_bfloat16);
@@ -82,7 +86,9 @@ __device__ __forceinline__ void barrier_init(uint32_t barrier, int count) {
 __device__ __forceinline__ void barrier_init_fence() {
     HOPPER_ONLY(asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); asm volatile("fence.proxy.async.shared::cta;" ::: "memory");)
 }
-__device__ __forceinline__ void barrier_arrive(uint32_t barrier) { HOPPER_ONLY(asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");) }
+__device__ __forceinline__ void barrier_arrive(uint32_t barrier) {
+    HOPPER_ONLY(asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");)
+}
 // Arrive, and let the phase wait for so many bytes of bulk copies too.
 __device__ __forceinline__ void barrier_arrive_expect(uint32_t barrier, int bytes) {
     HOPPER_ONLY(asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");)
@@ -97,16 +103,16 @@ __device__ __forceinline__ void barrier_wait(uint32_t barrier, int parity) {
                              "r"(parity)
                              : "memory");)
 }
-// Threads of whole warps that meet at one of the block's 16 hardware barriers (0 is __syncthreads()'s); `threads`: how many in all.
-__device__ __forceinline__ void named_barrier(int id, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
-__device__ __forceinline__ void named_barrier_arrive(int id, int threads) { asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
+// Four 8×8 matrices to shared memory, where load_matrices() finds them.
+__device__ __forceinline__ void store_matrices(uint32_t address, const uint32_t (&x)[4]) {
+    HOPPER_ONLY(asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(address), "r"(x[0]), "r"(x[1]), "r"(x[2]), "r"(x[3])
+                             : "memory");)
+}
 
 // What this thread has written to shared memory becomes visible to products and bulk copies that are started after the next barrier.
 __device__ __forceinline__ void async_fence() { HOPPER_ONLY(asm volatile("fence.proxy.async.shared::cta;" ::: "memory");) }
 
 // ---- bulk copies, by one thread -----------------------------------------------------------------------------------------------------------------------------
-
-__device__ __forceinline__ void prefetch_map(const CUtensorMap* map) { HOPPER_ONLY(asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");) }
 
 // The box at coordinates (c0 innermost ...) to shared memory; its bytes (zeros outside the tensor included) count towards the barrier's phase.
 __device__ __forceinline__ void bulk_load(uint32_t to, const CUtensorMap* map, uint32_t barrier, int c0, int c1) {
@@ -123,12 +129,6 @@ __device__ __forceinline__ void bulk_load(uint32_t to, const CUtensorMap* map, u
     HOPPER_ONLY(asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3,%4,%5,%6}], [%2];" ::"r"(to), "l"(map),
                              "r"(barrier), "r"(c0), "r"(c1), "r"(c2), "r"(c3)
                              : "memory");)
-}
-// `bytes` contiguous bytes; addresses and size are multiples of 16.
-__device__ __forceinline__ void bulk_load_bytes(uint32_t to, const void* from, uint32_t barrier, int bytes) {
-    HOPPER_ONLY(
-        asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %3, [%2];" ::"r"(to), "l"(from), "r"(barrier), "r"(bytes)
-                     : "memory");)
 }
 // From shared memory (async_fence() and a barrier behind the writes first) to the box. The shared memory may be used again, or the kernel end, after
 // bulk_store_wait().
@@ -157,8 +157,7 @@ __device__ __forceinline__ void more_registers() {
     HOPPER_ONLY(asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(REGISTERS));)
 }
 
-// ---- products by a warpgroup
-// ----------------------------------------------------------------------------------------------------------------------------------
+// ---- products by a warpgroup ------------------------------------------------------------------------------------------------------------------------------
 //
 // C (64×N, float32 in registers) = or += A (64×16)·B (16×N). Warp w of the four (w = warp of block % 4: the warpgroup begins at a multiple of 4) has the rows
 // 16·w ... 16·w+15 of C, and lane l of these the rows l/4 and l/4 + 8: c[4·n], c[4·n+1] = C(l/4, 8·n + 2·(l%4) ...), c[4·n+2], c[4·n+3] the same 8 rows below.

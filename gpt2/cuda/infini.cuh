@@ -425,6 +425,7 @@ inline void infini_read_backward(cudaStream_t stream, const InfiniPass& p, const
     bool done = false;
 #ifndef GPU_FLOAT32
     if (p.hopper) {
+        assert(aligned16(D) && aligned16(dA) && aligned16(dqkv));
         infini_launch(stream, infini_read_backward_kernel4, dim3((unsigned)(ceil_div(p.max_segments, p.group) * p.kv_heads)), infini_hopper::THREADS,
                       infini_hopper::Shared<1, INFINI_BACKWARD_STAGES, 4>::BYTES, infini_qkv_map(p, p.qkv), infini_channels_map(p, D),
                       infini_channels_map(p, dA), infini_qkv_map(p, dqkv), p, beta, dqkv, dmemories, partial);
@@ -480,6 +481,7 @@ inline void infini_memory_backward(cudaStream_t stream, const InfiniPass& p, con
     if (p.max_memories > 0) infini_sum_backward(stream, p, p.hopper, dmemories);
 #ifndef GPU_FLOAT32
     if (p.hopper) {
+        assert(aligned16(dqkv));
         dim3 blocks((unsigned)(p.max_segments * ceil_div(p.max_q(), infini_hopper::PIECE) * p.kv_heads));
         infini_launch(stream, p.delta ? infini_write_backward_kernel4<true> : infini_write_backward_kernel4<false>, blocks, infini_hopper::THREADS,
                       p.delta ? infini_hopper::Shared<2, INFINI_BACKWARD_STAGES, 4>::BYTES : infini_hopper::Shared<1, INFINI_BACKWARD_STAGES, 4>::BYTES,

@@ -36,10 +36,6 @@ __device__ inline uint32_t rows_at(uint32_t panel, int k) { return chunk_at(pane
 __device__ inline uint32_t transposed_block_at(uint32_t panel, int t) {
     return chunk_at(panel, lane() / 16 * 8 + lane() % 8, threadIdx.x / 32 * 2 + lane() / 8 % 2) + t * 2048;
 }
-__device__ inline void store_matrices(uint32_t address, const uint32_t (&x)[4]) {  // where load_matrices() finds them
-    HOPPER_ONLY(asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(address), "r"(x[0]), "r"(x[1]), "r"(x[2]), "r"(x[3])
-                             : "memory");)
-}
 
 __device__ inline float feature(float x) { return x > 0 ? x + 1 : __expf(x); }
 __device__ inline uint32_t feature(uint32_t x) {

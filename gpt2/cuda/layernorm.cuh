@@ -17,7 +17,7 @@
 
 #include "bias.cuh"
 #include "common.cuh"
-#include "hopper.cuh"
+#include "tensor_cores.cuh"
 #include "numbers.cuh"
 
 namespace gpu {
@@ -174,7 +174,7 @@ inline void rmsnorm_forward(cudaStream_t stream, floatX* y, int64_t y_stride, fl
 }
 
 // ---- backward ----------------------------------------------------------------------------------------------------------------------------------------------
-// dw and db are sums over all rows. They come in two stages: partial rows (dw; db) in the workspace, each over some of the rows, then their sum.
+// dw and db are sums over all rows: partial rows (dw; db) in the workspace, each over some of the rows, then their sum. Kernels 3 take a second launch for it.
 
 template <bool CENTRED>
 constexpr int norm_sums = CENTRED ? 2 : 1;  // dw, db: a partial row has norm_sums·C numbers

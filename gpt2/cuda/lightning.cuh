@@ -29,6 +29,7 @@
 //   lightning_sweep_kernel3      chunks, tensor cores: bf16, head sizes up to 128 that are multiples of 8    (lightning_tensor_cores.cuh)
 //   lightning_forward_kernel5    the same for Hopper; can leave the states before its chunks for backward    (lightning_hopper.cuh)
 //   lightning_backward_kernel6   all gradients by one sweep, for Hopper, which needs these states            (lightning_hopper.cuh)
+//   lightning_states_kernel6     for Hopper: states between spans, and before chunks where none were left     (lightning_hopper.cuh)
 //
 // The numbers are those of the ladders dev/cuda/lightning_forward.cu, lightning_backward.cu and lightning_gate.cu, which say what was tried and expected.
 #pragma once

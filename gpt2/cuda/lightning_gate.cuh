@@ -135,7 +135,7 @@ __global__ void __launch_bounds__(128)
     store_numbers<W>(partial + (int64_t)blockIdx.y * C + c, dgain);
 }
 
-// Both in one pass, as in norm_backward_kernel4: a thread owns one vector of columns for all rows of its block, so that gain and its part of dgain stay in
+// Both in one pass: a thread owns one vector of columns for all rows of its block, so that gain and its part of dgain stay in
 // registers. blockDim.x threads (whole warps) make a row, blockDim.y such groups a block; each takes ROWS rows at a time and writes one partial row at the end.
 constexpr int LIGHTNING_GATE_THREADS = 512, LIGHTNING_GATE_ROWS = 2;
 __global__ void __launch_bounds__(LIGHTNING_GATE_THREADS)

@@ -1,4 +1,5 @@
-// Matrix products and the linear layer: cuBLASLt, with kernels of our own for what it refuses.
+// Matrix products and the linear layer: cuBLASLt, with kernels of our own for what it refuses and, on Hopper, for what it does more slowly
+// (matmul_hopper.cuh).
 //
 //     C (M,N) = alpha·op(A) (M,K) · op(B) (K,N) + beta·C        row-major; inputs floatX, sums float32, C floatX or float32
 //
@@ -225,7 +226,8 @@ inline void set_matmul_tuning(bool on) { matmul_tuning() = on; }
 // Plans hold for one version of cuBLASLt, one kind of GPU and one working type.
 inline std::string matmul_plans_header() {
     const cudaDeviceProp& device = device_properties();
-    return format("matmul plans: cuBLASLt %zu, %s with %d multiprocessors, %s", cublasLtGetVersion(), device.name, device.multiProcessorCount, dtype_name);
+    return format("matmul plans: cuBLASLt %zu, %s with %d multiprocessors, %s%s", cublasLtGetVersion(), device.name, device.multiProcessorCount, dtype_name,
+                  sizeof(floatX) == 2 && hopper_code() ? ", wgmma" : "");
 }
 
 // All plans of this process as text, for load_matmul_plans in a later one: with a run's plans its products have the same bits again.

@@ -44,8 +44,7 @@ struct HopperTile {
     static_assert(BYTES <= 227 << 10);
 };
 
-// ---- clusters
-// -------------------------------------------------------------------------------------------------------------------------------------------------
+// ---- clusters ---------------------------------------------------------------------------------------------------------------------------------------------
 
 __device__ inline int cluster_rank() {
     int rank = 0;
@@ -70,13 +69,7 @@ __device__ inline void bulk_load_multicast(uint32_t to, const CUtensorMap* map, 
                      "l"(map), "r"(barrier), "r"(c0), "r"(c1), "h"((uint16_t)mask)
                      : "memory");)
 }
-// Four 8×8 matrices to shared memory, the reverse of load_matrices().
-__device__ inline void store_matrices(uint32_t address, uint32_t x0, uint32_t x1, uint32_t x2, uint32_t x3) {
-    HOPPER_ONLY(asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(address), "r"(x0), "r"(x1), "r"(x2), "r"(x3) : "memory");)
-}
-
-// ---- the kernel
-// -------------------------------------------------------------------------------------------------------------------------------------------------
+// ---- the kernel -------------------------------------------------------------------------------------------------------------------------------------------
 
 struct HopperShape {
     int M, N, K;
@@ -201,8 +194,8 @@ __global__ void __launch_bounds__(384, 1) matmul_kernel7(const __grid_constant__
                         float2 x = *(const float2*)(tile_bias + block / 2 * 64 + (n + i / 4) * 8 + lane % 4 * 2);
                         y[i] += x.x, y[i + 1] += x.y, y[i + 2] += x.x, y[i + 3] += x.y;
                     }
-                    store_matrices(((out + out_lane) ^ n * 16) + slot, pack_bf16(y[0], y[1]), pack_bf16(y[2], y[3]), pack_bf16(y[4], y[5]),
-                                   pack_bf16(y[6], y[7]));
+                    const uint32_t pairs[4] = {pack_bf16(y[0], y[1]), pack_bf16(y[2], y[3]), pack_bf16(y[4], y[5]), pack_bf16(y[6], y[7])};
+                    store_matrices(((out + out_lane) ^ n * 16) + slot, pairs);
                 }
                 async_fence();
                 __syncwarp();

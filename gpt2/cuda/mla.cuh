@@ -16,6 +16,7 @@
 // Values are read by the core where they stand, in kv, and softmax_backward leaves dv in dkv: neither is ever moved.
 //
 // Kernels are written over V numbers at once: 16 bytes, or one rotated pair (and single numbers elsewhere) for sizes that are not multiples of 16 bytes.
+// Kernels 4 are for 16 bytes alone.
 // Earlier versions and times: dev/cuda/mla.cu.
 #pragma once
 

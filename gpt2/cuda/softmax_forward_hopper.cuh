@@ -46,7 +46,7 @@ struct Shape6 {
 struct Schedule {
     int items, tiles, group;
 };
-static __device__ int softmax_forward_queue[2];  // items taken beyond each block's first; blocks that are done. Zeros between launches.
+static __device__ int softmax_forward_queue[2];  // items taken beyond each block's first; blocks that are done. Zeros between launches, one at a time
 
 struct Work {
     int head;        // -1: there is no more

@@ -50,6 +50,10 @@ __device__ inline void copy_async_wait() {
 }
 __device__ inline void copy_async_wait_all() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
+// Threads of whole warps that meet at one of the block's 16 hardware barriers (0 is __syncthreads()'s); `threads`: how many in all.
+__device__ inline void named_barrier(int id, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
+__device__ inline void named_barrier_arrive(int id, int threads) { asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
+
 __device__ inline uint32_t pack_bf16(float low, float high) {
     __nv_bfloat162 x = __floats2bfloat162_rn(low, high);
     return *(uint32_t*)&x;
