@@ -2,6 +2,7 @@
 //
 //     build/bench                          124M, every layer, B=4 T=64 and B=1 T=1024
 //     build/bench lengths                  causal, infini, lightning at B=1, T = 1024, 4096, 16384 (a quarter of an hour on 2 cores)
+//     build/bench decode                   generation, one text: milliseconds a token behind 128 and 896 others, beside reading the weights once
 //     build/bench PATTERN B T [STEPS]      one line
 //     OMP_NUM_THREADS=n build/bench ...    with n threads
 //
@@ -23,8 +24,8 @@ static double median(std::vector<double> v) {
     return v[v.size() / 2];
 }
 
-static void bench(const std::string& pattern, int B, int T, int steps) {
-    const Preset& preset = presets[1];  // gpt2-124M
+static ModelConfig model_124M(const std::string& pattern, int T) {
+    const Preset& preset = presets[1];
     ModelConfig c;
     c.layers = preset.layers;
     c.heads = preset.heads;
@@ -32,6 +33,11 @@ static void bench(const std::string& pattern, int B, int T, int steps) {
     c.max_seq = std::max(T, preset.max_seq);
     c.set_vocab(preset.vocab_size);
     parse_attention(c, pattern, {}, "");
+    return c;
+}
+
+static void bench(const std::string& pattern, int B, int T, int steps) {
+    ModelConfig c = model_124M(pattern, T);
     TrainerOptions o;
     o.max_tokens = (int64_t)B * T;
     std::unique_ptr<Trainer> model = make_trainer(c, o);
@@ -77,7 +83,66 @@ static void bench(const std::string& pattern, int B, int T, int steps) {
     fflush(stdout);
 }
 
+// What decoding cannot be faster than: all parameters read once, by all threads.
+static double read_parameters(const Tensors& parameters) {
+    double start = seconds();
+    float sum = 0;
+    for (size_t i = 0; i < parameters.specs.size(); i++) {
+        const real* x = (const real*)parameters.data[i];
+        int64_t n = parameters.specs[i].size();
+#pragma omp parallel for simd reduction(+ : sum)
+        for (int64_t j = 0; j < n; j++) sum += (float)x[j];
+    }
+    double end = seconds();
+    if (sum == 1.5f) printf(" ");  // the compiler must not leave it out
+    return end - start;
+}
+
+static void bench_decode(const std::string& pattern) {
+    ModelConfig c = model_124M(pattern, 1024);
+    TrainerOptions o;
+    o.max_tokens = 128;
+    o.training = false;
+    std::unique_ptr<Trainer> model = make_trainer(c, o);
+    model->initialise(1);
+    double bytes = 0;
+    for (const TensorSpec& t : model->parameters().specs) bytes += (double)t.size() * sizeof(real);
+    int sequence = model->new_sequence(), length = 0;
+    std::vector<float> logits(c.vocab_size);
+    auto extend = [&](int n) {
+        Batch batch;
+        for (int i = 0; i < n; i++) batch.tokens.push_back(philox(1, length + i, 0, 0, 0).word[0] % c.vocab_size);
+        batch.targets.assign(n, -1);
+        batch.cu_seqlens = {0, n};
+        double start = seconds();
+        model->extend(batch, {sequence}, logits.data());
+        length += n;
+        return seconds() - start;
+    };
+    for (int context : {128, 896}) {
+        double prefill = 0;
+        int read = context - length;
+        while (length < context) prefill += extend(128);
+        std::vector<double> token_ms, read_ms;
+        for (int i = 0; i < 32; i++) {
+            token_ms.push_back(1e3 * extend(1));
+            read_ms.push_back(1e3 * read_parameters(model->parameters()));
+        }
+        printf("%-28s %6d  %8.1f  %7.2f [%6.2f %6.2f]  %7.2f %6.1f   %5.2f   %8.2f\n", pattern.c_str(), context, read / prefill, median(token_ms),
+               *std::min_element(token_ms.begin(), token_ms.end()), *std::max_element(token_ms.begin(), token_ms.end()), median(read_ms),
+               bytes / median(read_ms) * 1e-6, median(token_ms) / median(read_ms), model->state_bytes() * 1e-6);
+        fflush(stdout);
+        while (length % 128 != 0) extend(1);
+    }
+}
+
 int main(int argc, char** argv) {
+    if (argc == 2 && std::string(argv[1]) == "decode") {
+        printf("GPT-2 124M, float32, %d threads, one text; ms medians of 32 [min max]; weights: all read once\n", cpu::num_threads());
+        printf("%-28s %6s  %8s  %7s %15s  %7s %6s   %5s   %s\n", "attention", "behind", "prefill/s", "ms", "a token", "weights", "GB/s", "ratio", "state MB");
+        for (const AttentionDescription& d : attention_descriptions()) bench_decode(d.name);
+        return 0;
+    }
     printf("GPT-2 124M, float32, %d threads; ms medians [min max]; memory in MiB: parameters, gradients + moments, activations\n", cpu::num_threads());
     printf("%-28s %3s %6s  %8s %15s  %7s  %7s  %8s %15s %7s   %5s   %s\n", "attention", "B", "T", "step", "", "tok/s", "GFLOP/s", "matmuls", "", "GFLOP/s",
            "ratio", "param  grad   act");
@@ -91,7 +156,7 @@ int main(int argc, char** argv) {
             for (const AttentionDescription& d : attention_descriptions()) bench(d.name, 4, 64, 9);
             for (const AttentionDescription& d : attention_descriptions()) bench(d.name, 1, 1024, 5);
         } else {
-            usage_error("usage: bench [lengths | PATTERN B T [STEPS]]");
+            usage_error("usage: bench [lengths | decode | PATTERN B T [STEPS]]");
         }
     } catch (const Error& e) {
         fprintf(stderr, "%s\n", e.what());
