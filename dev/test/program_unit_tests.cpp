@@ -482,6 +482,7 @@ TEST_CASE("generation: the prompt goes in chunks, the text comes out, and it sto
     g.stop = "efg";
     CHECK(generate(trainer, bytes, {256, 'a'}, g, print) == Stop::TEXT);
     CHECK(text == "bcd");
+    CHECK(trainer.seen.back() == std::vector<int>{'f'});  // nothing is read behind it
     text.clear();
     g.stop = "ex";
     g.tokens = 4;  // the text ends where what it is to stop at might have begun
@@ -503,13 +504,19 @@ TEST_CASE("many texts: each is what it is alone, in whatever company") {
         g.stop = "z";
         std::map<int, std::string> out;
         std::map<int, int> ended;
+        std::vector<int> order;
         Generator generator(
-            trainer, bytes, g, [&](int text, const std::string& piece) { out[text] += piece; }, [&](int text, Stop) { ended[text]++; });
+            trainer, bytes, g, [&](int text, const std::string& piece) { out[text] += piece; },
+            [&](int text, Stop) {
+                ended[text]++;
+                order.push_back(text);
+            });
         GenerateStats stats = generator.run(some);
         size_t expected = 0;
         for (const Request& r : some) expected += (size_t)r.samples;
         CHECK((out.size() == expected && ended.size() == expected));
         for (auto& [text, times] : ended) CHECK(times == 1);
+        if (sequences == 1) CHECK(std::is_sorted(order.begin(), order.end()));  // first come, first served
         CHECK(trainer.states.empty());
         CHECK(trainer.most <= (size_t)sequences);
         CHECK(stats.state_bytes <= 100 * (size_t)sequences);
