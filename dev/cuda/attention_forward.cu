@@ -59,7 +59,7 @@ __global__ void softmax_forward_kernel1(SoftmaxAttention a, floatX* o, int64_t o
         for (int j = lo; j < hi; j++) {
             float p = expf(score(j) - m) / l;
             if (dropout) {
-                softmax_fwd::Dropout drop(a, s, h);
+                Dropout drop(a, s, h);
                 Philox random = drop.words(a, position, j);
                 p = random.word[(drop.start + j) % 4] >= a.dropout.threshold ? p * a.dropout.scale : 0;
             }
@@ -119,7 +119,7 @@ __global__ void __launch_bounds__(softmax_fwd::THREADS) softmax_forward_kernel3(
         float s[1][8][4] = {};
         softmax_fwd::multiply_qk<Plain, DQK>(s, (uint32_t)__cvta_generic_to_shared(q + row * (DQK / 8)), (uint32_t)__cvta_generic_to_shared(k));
         softmax_fwd::mask_scores(s, first - j0, a.window, -j0, b.n_k - j0);
-        softmax_fwd::softmax_rows(s, m, l, acc, a.scale * softmax_fwd::LOG2E);
+        softmax_fwd::softmax_rows(s, m, l, acc, a.scale * LOG2E);
         softmax_fwd::multiply_pv<Plain, DV>(acc, s, (uint32_t)__cvta_generic_to_shared(v));
     }
     __syncthreads();  // Q has been written by all, in case that there were no keys

@@ -50,4 +50,24 @@ struct SoftmaxGradients {
     int64_t dq_stride, dk_stride, dk_head, dv_stride, dv_head;
 };
 
+constexpr float LOG2E = 1.44269504f;  // exponentials are powers of 2, log₂e being part of the scale
+
+// Dropout of one sequence and head, cpu::dropout_row: key j for the query at `position` has word (start+j) % 4 of the call with counter (start+j)/4.
+struct Dropout {
+    uint32_t who, counter, start;
+    __device__ Dropout(const SoftmaxAttention& a, int s, int h) {
+        who = (uint32_t)((a.dropout.pass->first_row + (a.drop_seq ? a.drop_seq[s] : s)) * a.heads + h);
+        counter = a.dropout.counter();
+        start = a.drop_pos ? a.drop_pos[s] : 0;
+    }
+    __device__ Philox words(const SoftmaxAttention& a, int position, int j) const {
+        return philox(a.dropout.seed, (start + j) >> 2, start + position, who, counter);
+    }
+    __device__ bool keeps(const SoftmaxAttention& a, int position, int j) const {
+        Philox random = words(a, position, j);
+        uint32_t n = (start + j) % 4, word = n < 2 ? (n == 0 ? random.word[0] : random.word[1]) : (n == 2 ? random.word[2] : random.word[3]);
+        return word >= a.dropout.threshold;
+    }
+};
+
 }  // namespace gpu

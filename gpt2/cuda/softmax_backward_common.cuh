@@ -11,7 +11,6 @@ namespace gpu {
 namespace softmax_bwd {
 
 constexpr int THREADS = 128;
-constexpr float LOG2E = 1.44269504f;
 
 // ---- which block does what ------------------------------------------------------------------------------------------------------------------------------
 
@@ -66,24 +65,6 @@ __device__ inline Range keys_of(const SoftmaxAttention& a, const Sequence& s, in
     return {a.window > 0 ? max(0, i0 + s.shift - a.window + 1) : 0, min(s.n_k, i1 + s.shift)};
 }
 __device__ inline bool visible(int position, int j, int window) { return j <= position && (window == 0 || j > position - window); }
-
-// Dropout of one sequence and head, cpu::dropout_row: key j for the query at `position` has word (start+j) % 4 of the call with counter (start+j)/4.
-struct Dropout {
-    uint32_t who, counter, start;
-    __device__ Dropout(const SoftmaxAttention& a, int s, int h) {
-        who = (uint32_t)((a.dropout.pass->first_row + (a.drop_seq ? a.drop_seq[s] : s)) * a.heads + h);
-        counter = a.dropout.counter();
-        start = a.drop_pos ? a.drop_pos[s] : 0;
-    }
-    __device__ Philox words(const SoftmaxAttention& a, int position, int j) const {
-        return philox(a.dropout.seed, (start + j) >> 2, start + position, who, counter);
-    }
-    __device__ bool keeps(const SoftmaxAttention& a, int position, int j) const {
-        Philox random = words(a, position, j);
-        uint32_t n = (start + j) % 4, word = n < 2 ? (n == 0 ? random.word[0] : random.word[1]) : (n == 2 ? random.word[2] : random.word[3]);
-        return word >= a.dropout.threshold;
-    }
-};
 
 // ---- the statistics of the rows -------------------------------------------------------------------------------------------------------------------------
 

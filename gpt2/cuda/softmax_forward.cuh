@@ -111,21 +111,6 @@ __device__ inline void visible_keys(int position, int window, int begin, int end
     *hi = min(end, position + 1);
 }
 
-// Dropout of one sequence and head, cpu::dropout_row: key j for the query at `position` has word (start+j) % 4 of the call with counter (start+j)/4.
-struct Dropout {
-    uint32_t who, counter, start;
-    __device__ Dropout(const SoftmaxAttention& a, int s, int h) {
-        who = (uint32_t)((a.dropout.pass->first_row + (a.drop_seq ? a.drop_seq[s] : s)) * a.heads + h);
-        counter = a.dropout.counter();
-        start = a.drop_pos ? a.drop_pos[s] : 0;
-    }
-    __device__ Philox words(const SoftmaxAttention& a, int position, int j) const {
-        return philox(a.dropout.seed, (start + j) >> 2, start + position, who, counter);
-    }
-};
-
-constexpr float LOG2E = 1.44269504f;
-
 // What is subtracted from scores: m, or of a row without a key so far (−inf) 0, since −inf − (−inf) would be NaN.
 __device__ inline float finite(float m) { return m == -INFINITY ? 0 : m; }
 
