@@ -43,7 +43,9 @@ struct AttentionContext {
 
     // extend: the state of each sequence, and the keys in it once the new tokens are there.
     const AttentionState* states = nullptr;  // (num_seqs)
-    const int64_t* lengths_host = nullptr;   // (num_seqs) tokens in each state, before the new ones
+    StatePages pages;                        // what the states of all sequences share
+    int window = 0;                          // a sliding window beside the layer's own, tokens that a token sees with itself in layers that keep rows (0: none)
+    const int64_t* lengths_host = nullptr;   // (num_seqs) rows in each state, before the new ones
     const int* cu_kv = nullptr;              // (num_seqs+1) offsets of old and new tokens together
     int64_t kv_tokens = 0;                   // cu_kv[num_seqs]
     int max_kv = 0;                          // the longest
@@ -199,11 +201,12 @@ inline void causal_extend(const AttentionContext& ctx, const Tensors& parameters
     if (a.positions == Positions::ROPE) causal_rope(ctx, qkv, 1);
     append_rows(ctx.stream, ctx.states, ctx.place, qkv + C, qkv_size(a), (int)row, N);
     SoftmaxAttention core = causal_core(ctx, qkv);
-    core.window = a["window"];
+    core.window = narrower_window(a["window"], ctx.window);
     core.cu_k = ctx.cu_kv;
     core.max_k = ctx.max_kv;
     if (ctx.max_len <= MAX_DECODE_QUERIES) {
         core.states = ctx.states;
+        core.pages = ctx.pages;
         core.v_offset = row / 2;
         softmax_decode(ctx.stream, core, o, C, nullptr, rest.scratch);
     } else {
@@ -580,6 +583,7 @@ inline SoftmaxAttention mla_core(const AttentionContext& ctx, const MlaShape& d,
     core.heads = core.kv_heads = d.NH;
     core.d_qk = d.d_qk;
     core.d_v = d.d_v;
+    core.window = ctx.window;
     core.scale = 1 / std::sqrt((float)d.d_qk);
     core.num_seqs = ctx.num_seqs;
     core.max_q = core.max_k = ctx.max_len;
@@ -711,6 +715,7 @@ inline void mla_absorbed(const AttentionContext& ctx, const MlaShape& d, const f
     core.k_head = core.v_head = 0;
     core.cu_k = ctx.cu_kv;
     core.max_k = ctx.max_kv;
+    core.pages = ctx.pages;
     core.states = ctx.states;
     softmax_decode(ctx.stream, core, o_absorbed, o_stride, nullptr, scratch);
 

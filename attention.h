@@ -30,15 +30,19 @@
 
 namespace cpu {
 
-// One sequence's decode state in one network layer: a block of constant size (`fixed`, all zeros for an empty sequence), and one row a token in pages.
+// One sequence's decode state in one network layer: a block of constant size (`fixed`, all zeros for an empty sequence), and one row a token in pages of a
+// pool that is one range of memory.
 struct AttentionState {
-    int64_t length = 0;            // tokens in it, before those that extend() appends now; their rows have been allocated
-    real* fixed = nullptr;         // AttentionStateSize::per_sequence numbers
-    real* const* pages = nullptr;  // page p holds the rows of tokens p·page_size ...
-    int page_size = 1;
-    int64_t offset = 0;     // of this network layer within a page
-    int64_t per_token = 0;  // AttentionStateSize::per_token: the length of a row
-    real* row(int64_t j) const { return pages[j / page_size] + offset + j % page_size * per_token; }
+    int64_t length = 0;                // rows in it, before those that extend() appends now, which have been allocated
+    real* fixed = nullptr;             // AttentionStateSize::per_sequence numbers
+    real* rows = nullptr;              // this network layer's rows in page 0 of the pool
+    const int* page_table = nullptr;   // row j is in page page_table[j / page_size]; entries behind the last page needed may be anything
+    int64_t page_stride = 0;           // numbers from a page of the pool to the next
+    int page_size = 1;                 // rows of a page
+    int64_t per_token = 0;             // AttentionStateSize::per_token: the length of a row
+    int64_t dropped = 0;               // tokens before these whose rows a sliding window has given back: row j is that of the token at position dropped + j
+    int64_t past() const { return dropped + length; }
+    real* row(int64_t j) const { return rows + page_table[j / page_size] * page_stride + j % page_size * per_token; }
 };
 
 // Scratch memory is taken from the front of one block. A copy of the struct gives back at the end of its scope what was taken from the copy.
@@ -69,8 +73,9 @@ struct AttentionContext {
     DropoutKey dropout;       // p = 0 in evaluation
     Scratch scratch;
 
-    // extend: the state of each sequence.
+    // extend: the state of each sequence; a sliding window beside the layer's own, tokens that a token sees with itself in layers that keep rows (0: none).
     const AttentionState* states = nullptr;
+    int window = 0;
     // forward, recurrent layers: the memory (AttentionState::fixed) each sequence starts from and where it leaves its own. Null array or entry: empty, nowhere.
     const real* const* memory_from = nullptr;
     real* const* memory_to = nullptr;
@@ -419,6 +424,9 @@ inline std::vector<TensorSpec> causal_parameters(const AttentionConfig& a) {
 
 inline AttentionStateSize causal_state(const AttentionConfig& a) { return {2 * (int64_t)a["kv-heads"] * a.head_size(), 0}; }
 
+// Of two windows, 0 being none.
+inline int narrower_window(int a, int b) { return a == 0 || b == 0 ? a + b : std::min(a, b); }
+
 // Mean number of keys that a query sees, at length T with this window.
 inline double visible_mean(double T, double window) {
     if (window <= 0 || window >= T) return (T + 1) / 2;
@@ -478,7 +486,7 @@ inline SoftmaxAttention causal_core(const AttentionContext& ctx, const real* qkv
 inline void causal_rope(const AttentionContext& ctx, real* qkv, int direction) {
     const AttentionConfig& a = *ctx.config;
     std::vector<int> position(ctx.tokens());
-    for (int64_t n = 0; n < ctx.tokens(); n++) position[n] = ctx.place[n].pos + (ctx.states ? (int)ctx.states[ctx.place[n].seq].length : 0);
+    for (int64_t n = 0; n < ctx.tokens(); n++) position[n] = ctx.place[n].pos + (ctx.states ? (int)ctx.states[ctx.place[n].seq].past() : 0);
     rope(qkv, qkv_size(a), qkv, qkv_size(a), ctx.tokens(), a.heads + a["kv-heads"], a.head_size(), position.data(), direction);
 }
 
@@ -531,7 +539,7 @@ inline void causal_extend(const AttentionContext& ctx, const Tensors& parameters
     std::vector<int> cu_k(1, 0);
     for (int s = 0; s < ctx.num_seqs; s++) cu_k.push_back(cu_k[s] + (int)ctx.states[s].length + ctx.cu_seqlens[s + 1] - ctx.cu_seqlens[s]);
     SoftmaxAttention core = causal_core(ctx, qkv);
-    core.window = a["window"];
+    core.window = narrower_window(a["window"], ctx.window);
     core.cu_k = cu_k.data();
     core.states = ctx.states;
     core.v_offset = row / 2;
@@ -1835,7 +1843,7 @@ inline void mla_rope(const AttentionContext& ctx, const MlaShape& d, real* q, re
     int64_t N = ctx.tokens();
     std::vector<int> position(N), position_of_head(N * d.NH);
     for (int64_t n = 0; n < N; n++) {
-        position[n] = ctx.place[n].pos + (ctx.states ? (int)ctx.states[ctx.place[n].seq].length : 0);
+        position[n] = ctx.place[n].pos + (ctx.states ? (int)ctx.states[ctx.place[n].seq].past() : 0);
         std::fill_n(&position_of_head[n * d.NH], d.NH, position[n]);
     }
     rope(q + d.d_nope, d.d_qk, q + d.d_nope, d.d_qk, N * d.NH, 1, d.d_rope, position_of_head.data(), direction);
@@ -1904,6 +1912,7 @@ inline SoftmaxAttention mla_core(const AttentionContext& ctx, const MlaShape& d,
     core.heads = core.kv_heads = d.NH;
     core.d_qk = d.d_qk;
     core.d_v = d.d_v;
+    core.window = ctx.window;
     core.scale = 1 / std::sqrt((real)d.d_qk);
     core.num_seqs = ctx.num_seqs;
     core.cu_q = core.cu_k = ctx.cu_seqlens;

@@ -6,9 +6,12 @@
 //
 // Attention is behind the seam in attention.h: nothing here knows which layer it is.
 // Shapes: N tokens (B·T of them in a dense batch), C channels, V vocabulary, Vp padded vocabulary, L layers. All matrices row-major, weights (out, in).
+#include <unistd.h>
+
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <memory>
 #include <vector>
 
 #include "attention.h"
@@ -160,7 +163,7 @@ struct Gpt2 : Trainer {
     std::vector<Tensors> attn_params, attn_grads, attn_saved;  // each network layer's part of the lists
     RealVector scratch;
     std::vector<real> memory, memory_before;  // memories: (layer, lane, per_sequence); `before` is what the last pass started from
-    StatePool<real> pool;
+    std::unique_ptr<StatePool<real>> pool;  // from the first sequence on
     TrainerOptions options;
 
     // What the last forward pass was given: backward goes on from it.
@@ -169,7 +172,7 @@ struct Gpt2 : Trainer {
     std::vector<TokenPlace> place;
     std::vector<int> position;
 
-    Gpt2(const ModelConfig& c, const TrainerOptions& o) : pool(state_sizes(c)), options(o) {
+    Gpt2(const ModelConfig& c, const TrainerOptions& o) : options(o) {
         config = c;
         params_memory.plan_only = grads_memory.plan_only = acts_memory.plan_only = o.plan_only;
         params = model_parameters(c);
@@ -437,34 +440,34 @@ struct Gpt2 : Trainer {
         pass = Pass();
         set_places(b);
         for (int s = 0; s < S; s++) {
-            int64_t length = pool.sequences[sequences[s]].length, q_len = b.cu_seqlens[s + 1] - b.cu_seqlens[s];
-            if (config.positions == Positions::LEARNED && length + q_len > config.max_seq)
+            int64_t past = pool->sequences[sequences[s]].past(), q_len = b.cu_seqlens[s + 1] - b.cu_seqlens[s];
+            if (config.positions == Positions::LEARNED && past + q_len > config.max_seq)
                 usage_error("a sequence of %lld tokens is longer than the model's %d learned positions: use a shorter prompt or fewer tokens",
-                            (long long)(length + q_len), config.max_seq);
-            pool.reserve(sequences[s], q_len);
-            kv_tokens += length + q_len;
+                            (long long)(past + q_len), config.max_seq);
+            pool->reserve(sequences[s], q_len);
+            kv_tokens += pool->sequences[sequences[s]].length + q_len;
         }
-        for (int64_t n = 0; n < N; n++) position[n] = place[n].pos + (int)pool.sequences[sequences[place[n].seq]].length;
+        for (int64_t n = 0; n < N; n++) position[n] = place[n].pos + (int)pool->sequences[sequences[place[n].seq]].past();
 
         std::vector<real*> from, to;
-        std::vector<std::vector<real*>> pages(S);
-        for (int s = 0; s < S; s++)
-            for (int p : pool.sequences[sequences[s]].pages) pages[s].push_back(pool.pages[p].get());
         real* x = act(0, "x");
         encoder_forward(x, b.tokens.data(), position.data(), params["wte"], wpe(params), N, C);
         for (int l = 0; l < config.layers; l++) {
             std::vector<AttentionState> states(S);
             for (int s = 0; s < S; s++) {
-                auto& q = pool.sequences[sequences[s]];
+                const auto& q = pool->sequences[sequences[s]];
                 states[s].length = q.length;
-                states[s].fixed = q.fixed.get() + pool.fixed_offset[l];
-                states[s].pages = pages[s].data();
-                states[s].page_size = pool.page_size;
-                states[s].offset = pool.page_offset[l];
-                states[s].per_token = pool.per_token[l];
+                states[s].fixed = q.fixed.get() + pool->fixed_offset[l];
+                states[s].rows = pool->page(0) + pool->page_offset[l];
+                states[s].page_table = q.pages.data();
+                states[s].page_stride = pool->page_numbers;
+                states[s].page_size = pool->page_size;
+                states[s].per_token = pool->per_token[l];
+                states[s].dropped = q.dropped;
             }
             AttentionContext ctx = context(l, kv_tokens, false, from, to);
             ctx.states = states.data();
+            ctx.window = (int)options.window;
             real *ln1 = act(l, "ln1"), *mid = act(l, "mid"), *next = l + 1 < config.layers ? act(l + 1, "x") : (real*)acts["x"];
             layernorm_forward(ln1, act(l, "ln1.mean"), act(l, "ln1.rstd"), x, param(l, "ln1.w"), param(l, "ln1.b"), N, C);
             attention(config.attention[l].name).extend(ctx, attn_params[l], ln1, x, mid);
@@ -475,16 +478,26 @@ struct Gpt2 : Trainer {
         layernorm_forward(lnf, acts["lnf.mean"], acts["lnf.rstd"], x, params["lnf.w"], params["lnf.b"], N, C);
         for (int s = 0; s < S; s++) {
             int q_len = b.cu_seqlens[s + 1] - b.cu_seqlens[s];
-            pool.sequences[sequences[s]].length += q_len;
+            pool->sequences[sequences[s]].length += q_len;
+            if (options.window > 0) pool->slide(sequences[s], options.window);
             if (q_len == 0 || !last_logits) continue;
             matmul(NO, YES, 1, V, C, 1, lnf + (b.cu_seqlens[s + 1] - 1) * C, C, params["wte"], C, 0, logits, V);
             for (int64_t v = 0; v < V; v++) last_logits[s * V + v] = (float)logits[v];
         }
     }
-    int new_sequence() override { return pool.create(); }
-    int fork_sequence(int s) override { return pool.fork(s); }
-    void free_sequence(int s) override { pool.release(s); }
-    size_t state_bytes() override { return pool.bytes(); }
+    int new_sequence() override {
+        if (!pool) {
+            int64_t page = StatePool<real>::page_bytes(state_sizes(config), options.page_size);
+            int64_t memory = (int64_t)sysconf(_SC_PHYS_PAGES) * sysconf(_SC_PAGE_SIZE) / 2;
+            pool = std::make_unique<StatePool<real>>(state_sizes(config), options.page_size, options.pages > 0 || page == 0 ? options.pages : memory / page);
+        }
+        return pool->create();
+    }
+    int fork_sequence(int s) override { return pool->fork(s); }
+    void free_sequence(int s) override { pool->release(s); }
+    size_t state_bytes() override { return pool ? pool->bytes() : 0; }
+    int64_t pages_left() override { return pool->pages_left(); }
+    int64_t pages_wanted(int s, int64_t tokens) override { return pool->pages_wanted(s, tokens); }
 
     // ---- exchange with the host, which for this trainer is the same place ---------------------------------------------------------------------------
 

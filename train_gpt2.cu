@@ -14,6 +14,7 @@
 #include <cstring>
 #include <deque>
 #include <limits>
+#include <memory>
 #include <vector>
 
 #include "attention.cuh"
@@ -78,7 +79,7 @@ struct Gpt2 : Trainer {
     std::vector<Tensors> attn_params, attn_grads, attn_saved;  // each network layer's part of the lists
     DeviceBlock scratch, memory, memory_before;                // memories: (layer, lane, per_sequence) float32; `before` is what the last pass started from
     int64_t memory_numbers = 0, scratch_need = 0;
-    StatePool<floatX, float, DeviceMemory> pool;
+    std::unique_ptr<StatePool<floatX, float, DeviceMemory>> pool;  // from the first sequence on
     TrainerOptions options;
     cudaStream_t stream = nullptr;  // a plan has none: it is made on machines without a GPU too
 
@@ -118,7 +119,7 @@ struct Gpt2 : Trainer {
     GraphKey graph_key;
     cudaGraphExec_t graph = nullptr;
 
-    Gpt2(const ModelConfig& c, const TrainerOptions& o) : pool(state_sizes(c)), options(o) {
+    Gpt2(const ModelConfig& c, const TrainerOptions& o) : options(o) {
         config = c;
         params_memory.plan_only = grads_memory.plan_only = acts_memory.plan_only = o.plan_only;
         params = model_parameters(c);
@@ -548,36 +549,37 @@ struct Gpt2 : Trainer {
         int64_t N = (int64_t)b.tokens.size(), C = config.channels, V = config.vocab_size, Vp = config.padded_vocab_size;
         int S = b.num_seqs(), max_kv = 0;
         assert(N <= options.max_tokens && (int)sequences.size() == S);
-        std::vector<int64_t> lengths;
-        std::vector<int> cu_kv(1, 0), last_rows, answered;
-        std::vector<floatX*> page_table;
+        std::vector<int64_t> lengths, pasts;
+        std::vector<int> cu_kv(1, 0), last_rows, answered, page_table;
         std::vector<int64_t> first_page;
         for (int s = 0; s < S; s++) {
-            int64_t length = pool.sequences[sequences[s]].length, q_len = b.cu_seqlens[s + 1] - b.cu_seqlens[s];
-            if (config.positions == Positions::LEARNED && length + q_len > config.max_seq)
+            const auto& q = pool->sequences[sequences[s]];
+            int64_t length = q.length, past = q.past(), q_len = b.cu_seqlens[s + 1] - b.cu_seqlens[s];
+            if (config.positions == Positions::LEARNED && past + q_len > config.max_seq)
                 usage_error("a sequence of %lld tokens is longer than the model's %d learned positions: use a shorter prompt or fewer tokens",
-                            (long long)(length + q_len), config.max_seq);
-            pool.reserve(sequences[s], q_len);
+                            (long long)(past + q_len), config.max_seq);
+            pool->reserve(sequences[s], q_len);
             lengths.push_back(length);
+            pasts.push_back(past);
             cu_kv.push_back(cu_kv[s] + (int)(length + q_len));
             max_kv = std::max(max_kv, (int)(length + q_len));
             first_page.push_back((int64_t)page_table.size());
-            for (int p : pool.sequences[sequences[s]].pages) page_table.push_back(pool.pages[p].get());
+            page_table.insert(page_table.end(), q.pages.begin(), q.pages.end());
             if (q_len > 0) last_rows.push_back(b.cu_seqlens[s + 1] - 1), answered.push_back(s);
         }
         Batch plain = b;
         plain.memory_from.clear();
         plain.memory_to.clear();
-        begin_pass(plain, Pass(), lengths.data());
-        states_upload.begin((int64_t)page_table.size() * 8 + S * (int64_t)(config.layers * sizeof(AttentionState) + 16) + 64 * (config.layers + 8));
-        floatX** pages = states_upload.put(page_table);
+        begin_pass(plain, Pass(), pasts.data());
+        states_upload.begin((int64_t)page_table.size() * 4 + S * (int64_t)(config.layers * sizeof(AttentionState) + 16) + 64 * (config.layers + 8));
+        const int* pages = states_upload.put(page_table);
         const int *cu_kv_device = states_upload.put(cu_kv), *rows_device = states_upload.put(last_rows);
         std::vector<const AttentionState*> layer_states;
         for (int l = 0; l < config.layers; l++) {
             std::vector<AttentionState> states;
             for (int s = 0; s < S; s++)
-                states.push_back({lengths[s], pool.sequences[sequences[s]].fixed.get() + pool.fixed_offset[l], pages + first_page[s], pool.page_size,
-                                  pool.page_offset[l], pool.per_token[l]});
+                states.push_back({lengths[s], pool->sequences[sequences[s]].fixed.get() + pool->fixed_offset[l], pool->page(0) + pool->page_offset[l],
+                                  pages + first_page[s], pool->page_numbers, pool->page_size, pool->per_token[l]});
             layer_states.push_back(states_upload.put(states));
         }
         states_upload.send();
@@ -587,6 +589,8 @@ struct Gpt2 : Trainer {
         for (int l = 0; l < config.layers; l++) {
             AttentionContext ctx = context(l, cu_kv[S], false);
             ctx.states = layer_states[l];
+            ctx.pages = {pool->page(0) + pool->page_offset[l], pool->capacity, pool->page_numbers, pool->per_token[l], pool->page_size};
+            ctx.window = (int)options.window;
             ctx.lengths_host = lengths.data();
             ctx.cu_kv = cu_kv_device;
             ctx.kv_tokens = cu_kv[S];
@@ -597,7 +601,10 @@ struct Gpt2 : Trainer {
             mlp_forward(l, mid, next);
             x = next;
         }
-        for (int s = 0; s < S; s++) pool.sequences[sequences[s]].length += b.cu_seqlens[s + 1] - b.cu_seqlens[s];
+        for (int s = 0; s < S; s++) {
+            pool->sequences[sequences[s]].length += b.cu_seqlens[s + 1] - b.cu_seqlens[s];
+            if (options.window > 0) pool->slide(sequences[s], options.window);
+        }
         int64_t rows = (int64_t)last_rows.size();
         if (!last_logits || rows == 0) return;
         // The norm of all rows, the logits of the last ones.
@@ -613,10 +620,20 @@ struct Gpt2 : Trainer {
         }
         for (int64_t r = 0; r < rows; r++) std::copy_n(&values[r * V], V, last_logits + answered[r] * V);
     }
-    int new_sequence() override { return pool.create(); }
-    int fork_sequence(int s) override { return pool.fork(s); }
-    void free_sequence(int s) override { pool.release(s); }
-    size_t state_bytes() override { return pool.bytes(); }
+    int new_sequence() override {
+        if (!pool) {
+            size_t page = decltype(pool)::element_type::page_bytes(state_sizes(config), options.page_size), free_bytes, total;
+            CUDA_CHECK(cudaMemGetInfo(&free_bytes, &total));
+            int64_t fit = page == 0 ? 0 : (int64_t)(free_bytes / 10 * 9 / page);
+            pool = std::make_unique<StatePool<floatX, float, DeviceMemory>>(state_sizes(config), options.page_size, options.pages > 0 ? options.pages : fit);
+        }
+        return pool->create();
+    }
+    int fork_sequence(int s) override { return pool->fork(s); }
+    void free_sequence(int s) override { pool->release(s); }
+    size_t state_bytes() override { return pool ? pool->bytes() : 0; }
+    int64_t pages_left() override { return pool->pages_left(); }
+    int64_t pages_wanted(int s, int64_t n) override { return pool->pages_wanted(s, n); }
 
     // ---- exchange with the host ---------------------------------------------------------------------------------------------------------------------
 

@@ -51,6 +51,11 @@ struct TrainerOptions {
     std::string dtype;       // GPU: bf16 or float32; empty: bf16
     int recompute = 0;       // GPU: 0 keeps all activations, 1 computes norms and GELU again in backward, 2 whole blocks
     bool tune = false;       // GPU: time several algorithms for each matrix product and keep the fastest
+    // Decode states: tokens a page; pages at most (0: as many as the memory takes that is free when the first sequence begins); a sliding window, tokens that a
+    // token sees with itself, beside the layers' own (0: none), behind which pages are given back.
+    int page_size = 64;
+    int64_t pages = 0;
+    int64_t window = 0;
     bool plan_only = false;  // allocate nothing: only config, parameters() without data and the three ..._bytes() may be asked (`info` of a large model)
 };
 
@@ -90,6 +95,9 @@ struct Trainer {
     virtual int fork_sequence(int s) = 0;  // another with the same past
     virtual void free_sequence(int s) = 0;
     virtual size_t state_bytes() = 0;  // what all living sequences hold
+    // Pages of states that can still be taken (INT64_MAX: no layer has any), and how many `tokens` more of sequence s would take: extend() wants them left.
+    virtual int64_t pages_left() = 0;
+    virtual int64_t pages_wanted(int s, int64_t tokens) = 0;
 
     // The parameter list, and copies of its tensors in float32 (i: index in the list).
     virtual const Tensors& parameters() = 0;

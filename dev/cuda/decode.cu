@@ -134,27 +134,22 @@ void check(Ladder& ladder, const Case& c, uint64_t seed) {
     for (int64_t p = 0; p < pages; p++) where[p] = p;
     for (int64_t p = pages - 1; p > 0; p--) std::swap(where[p], where[philox(seed, (uint32_t)p, 0, 0, 1).word[0] % (p + 1)]);
     DeviceArray<floatX> device_pool(pool.size());
-    std::vector<float*> host_pages;
-    std::vector<floatX*> device_pages;
+    std::vector<int> tables;
     for (int s = 0; s < num_seqs; s++) {
         for (int j = 0; j < c.k_len[s]; j++)
             memcpy(&pool[where[pages_before[s] + j / c.page_size] * page + c.gap + j % c.page_size * per_token], &numbers[(int64_t)(cu_k[s] + j) * per_token],
                    per_token * sizeof(float));
-        for (int p = pages_before[s]; p < pages_before[s + 1]; p++) {
-            host_pages.push_back(pool.data() + where[p] * page);
-            device_pages.push_back(device_pool + where[p] * page);
-        }
-        host_pages.push_back(nullptr);  // an entry that nobody may follow
-        device_pages.push_back(nullptr);
+        for (int p = pages_before[s]; p < pages_before[s + 1]; p++) tables.push_back((int)where[p]);
+        tables.push_back(INT_MIN);  // an entry that nobody may follow
     }
     device_pool.copy_from(pool);
-    DeviceArray<floatX*> device_tables(device_pages);
+    DeviceArray<int> device_tables(tables);
     std::vector<cpu::AttentionState> host_states(num_seqs);
     std::vector<AttentionState> states(num_seqs);
     for (int s = 0; s < num_seqs; s++) {
         int first = pages_before[s] + s;
-        host_states[s] = {c.k_len[s] - c.q_len[s], nullptr, host_pages.data() + first, c.page_size, c.gap, per_token};
-        states[s] = {c.k_len[s] - c.q_len[s], nullptr, device_tables + first, c.page_size, c.gap, per_token};
+        host_states[s] = {c.k_len[s] - c.q_len[s], nullptr, pool.data() + c.gap, tables.data() + first, page, c.page_size, per_token};
+        states[s] = {c.k_len[s] - c.q_len[s], nullptr, device_pool + c.gap, device_tables + first, page, c.page_size, per_token};
     }
     DeviceArray<AttentionState> device_states(states);
 
@@ -197,12 +192,12 @@ void time(Ladder& ladder, const char* name, int B, int length, int heads, int kv
     DeviceArray<floatX> pool(pages * page), random(random_numbers(piece, 3)), q(random_numbers((int64_t)B * heads * d_qk, 4)), o((int64_t)B * heads * d_v);
     for (int64_t i = 0; i < pool.size; i += piece)
         CUDA_CHECK(cudaMemcpy(pool + i, random, std::min(piece, pool.size - i) * sizeof(floatX), cudaMemcpyDeviceToDevice));
-    std::vector<floatX*> where(pages);
-    for (int64_t p = 0; p < pages; p++) where[p] = pool + p * page;
+    std::vector<int> where(pages);
+    for (int64_t p = 0; p < pages; p++) where[p] = (int)p;
     for (int64_t p = pages - 1; p > 0; p--) std::swap(where[p], where[philox(5, (uint32_t)p, 0, 0, 1).word[0] % (p + 1)]);
-    DeviceArray<floatX*> tables(where);
+    DeviceArray<int> tables(where);
     std::vector<AttentionState> states(B);
-    for (int s = 0; s < B; s++) states[s] = {length - 1, nullptr, tables + s * table, c.page_size, 0, c.per_token()};
+    for (int s = 0; s < B; s++) states[s] = {length - 1, nullptr, pool, tables + s * table, page, c.page_size, c.per_token()};
     DeviceArray<AttentionState> device_states(states);
     DeviceArray<int> cu_q(offsets(c.q_len)), cu_k(offsets(c.k_len));
     SoftmaxAttention a = device_core(c, heads * d_qk, cu_q, cu_k, q, device_states);

@@ -203,15 +203,15 @@ void check(Ladder& latent, Ladder& assembly, Ladder& splitting, const AttentionC
     for (int offset : {0, 1}) {  // rows in pages that may stand on 16 bytes, and rows that do not
         DeviceArray<floatX> pool(num_seqs * pages * page), q_to(N * d.NH * d.u);
         std::vector<float> pool_after(pool.size, -1), q_to_after(q_to.size, -1);
-        std::vector<floatX*> table;
+        std::vector<int> table;
         std::vector<AttentionState> states;
-        for (int p = 0; p < num_seqs * pages; p++) table.push_back(pool + (num_seqs * pages - 1 - p) * page);
-        DeviceArray<floatX*> tables(table);
-        for (int s = 0; s < num_seqs; s++) states.push_back({past, nullptr, tables + s * pages, page_size, offset, d.u});
+        for (int p = 0; p < num_seqs * pages; p++) table.push_back(num_seqs * pages - 1 - p);
+        DeviceArray<int> tables(table);
+        for (int s = 0; s < num_seqs; s++) states.push_back({past, nullptr, pool + offset, tables + s * pages, page, page_size, d.u});
         DeviceArray<AttentionState> device_states(states);
         for (int64_t n = 0; n < N; n++) {
             int j = tokens.place[n].pos;
-            float* row = &pool_after[table[tokens.place[n].seq * pages + j / page_size] - pool.data + offset + j % page_size * d.u];
+            float* row = &pool_after[table[tokens.place[n].seq * pages + j / page_size] * page + offset + j % page_size * d.u];
             std::copy_n(&c[n * d.d_c], d.d_c, row);
             std::copy_n(u_after.data() + n * d.u + d.d_c, d.d_rope, row + d.d_c);
             for (int h = 0; h < d.NH; h++)

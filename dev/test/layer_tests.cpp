@@ -22,8 +22,10 @@
 
 #include <array>
 #include <chrono>
+#include <climits>
 #include <cstdarg>
 #include <functional>
+#include <memory>
 #include <set>
 
 #include "../../attention.h"
@@ -514,13 +516,15 @@ static void ragged_case(const Variant& v) {
 
 // --------------------------------------------------------------------------------------------------------------------------------------------------
 // extend/: pages stand in memory in a random order, hold another layer's numbers before ours (offset) and behind, and are NaN until written; the page
-// table has null for pages that no token needs yet.
+// table has poison where no token needs a page yet.
 
 struct PagedStates {
     const Layer& layer;
     int page_size, offset = 5, tail = 3, pages_each;
-    std::vector<Buffer> pages, fixed;
-    std::vector<std::vector<real*>> tables;
+    int64_t page_numbers;
+    std::vector<Buffer> fixed;
+    std::unique_ptr<Buffer> pages;
+    std::vector<std::vector<int>> tables;
     std::vector<int> order;
     std::vector<cpu::AttentionState> states;
 
@@ -529,36 +533,36 @@ struct PagedStates {
         int longest = 1, n = (int)lengths.size();
         for (int t : lengths) longest = std::max(longest, t);
         pages_each = l.state.per_token > 0 ? (longest + size - 1) / size : 0;
-        for (int i = 0; i < n * pages_each; i++) {
-            pages.emplace_back(offset + size * l.state.per_token + tail);
-            order.push_back(i);
-        }
+        page_numbers = offset + size * l.state.per_token + tail;
+        pages = std::make_unique<Buffer>(n * pages_each * page_numbers);
+        for (int i = 0; i < n * pages_each; i++) order.push_back(i);
         for (int i = (int)order.size() - 1; i > 0; i--) std::swap(order[i], order[random.below(i + 1)]);
         for (int s = 0; s < n; s++) {
             fixed.emplace_back(l.state.per_sequence, 0);
-            tables.emplace_back(pages_each, nullptr);
+            tables.emplace_back(pages_each, INT_MIN);
             cpu::AttentionState state;
             state.fixed = fixed[s].data;
             state.page_size = size;
-            state.offset = offset;
+            state.rows = pages->data + offset;
+            state.page_stride = page_numbers;
             state.per_token = l.state.per_token;
             states.push_back(state);
         }
-        for (int s = 0; s < n; s++) states[s].pages = tables[s].data();
+        for (int s = 0; s < n; s++) states[s].page_table = tables[s].data();
     }
     void make_room(int s, int64_t tokens) {
-        for (int64_t p = 0; p < pages_each && p * page_size < tokens; p++) tables[s][p] = pages[order[s * pages_each + p]].data;
+        for (int64_t p = 0; p < pages_each && p * page_size < tokens; p++) tables[s][p] = order[s * pages_each + p];
     }
     // Nothing may have been written before and behind a page's rows, nor into rows that hold no token.
     void check_untouched() const {
         for (const Buffer& f : fixed) check_that(f.intact(), "extend wrote outside of the fixed state");
         for (size_t s = 0; s < states.size(); s++)
             for (int p = 0; p < pages_each; p++) {
-                const Buffer& page = pages[order[s * pages_each + p]];
+                const real* page = pages->data + order[s * pages_each + p] * page_numbers;
                 int64_t used = std::min<int64_t>(page_size, std::max<int64_t>(0, states[s].length - (int64_t)p * page_size)) * layer.state.per_token;
-                bool ok = page.intact();
-                for (int64_t i = 0; i < page.size; i++)
-                    if (i < offset || i >= offset + used) ok = ok && page.data[i] != page.data[i];
+                bool ok = pages->intact();
+                for (int64_t i = 0; i < page_numbers; i++)
+                    if (i < offset || i >= offset + used) ok = ok && page[i] != page[i];
                 check_that(ok, "extend wrote outside of its rows in a page");
             }
     }
@@ -936,14 +940,16 @@ static void core_pages_case() {
             c.forward(o, lse);
             int64_t row = c.a.k_stride + c.a.v_stride;
             std::vector<cpu::AttentionState> states(3);
-            std::vector<std::vector<Numbers>> pages(3);
-            std::vector<std::vector<real*>> tables(3);
+            int64_t stride = 1 + page * row, most = (n_q + 131) / page + 2;
+            Numbers pages(3 * most * stride, NOT_A_NUMBER);
+            std::vector<std::vector<int>> tables(3);
             for (int s = 0; s < 3; s++) {
-                for (int p = 0; p * page < c.a.k_len(s); p++) pages[s].emplace_back(1 + page * row, NOT_A_NUMBER);
-                for (Numbers& p : pages[s]) tables[s].push_back(p.data());
-                states[s].pages = tables[s].data();
+                for (int p = 0; p * page < c.a.k_len(s); p++) tables[s].push_back((int)(3 * (most - 1 - p) + s));
+                tables[s].push_back(INT_MIN);
+                states[s].rows = pages.data() + 1;
+                states[s].page_table = tables[s].data();
+                states[s].page_stride = stride;
                 states[s].page_size = page;
-                states[s].offset = 1;
                 states[s].per_token = row;
                 for (int j = 0; j < c.a.k_len(s); j++) {
                     std::copy_n(c.k.begin() + (c.cu_k[s] + j) * c.a.k_stride, c.a.k_stride, states[s].row(j));

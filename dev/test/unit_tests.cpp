@@ -12,6 +12,7 @@
 #include <filesystem>
 #include <fstream>
 #include <numeric>
+#include <random>
 #include <set>
 #include <sys/resource.h>
 
@@ -1083,25 +1084,36 @@ TEST_CASE("config: the parameter list") {
 // ----------------------------------------------------------------------------
 // States of sequences that are being decoded
 
-TEST_CASE("a forked sequence shares full pages, and owns its last page and its block") {
-    StatePool<float, double> pool({{3, 2}, {0, 5}}, /*page_size*/ 4);  // two layers: rows of 3 and a block of 2; a block of 5
+using TestPool = StatePool<float, double>;
+static const std::vector<AttentionStateSize> test_layers = {{3, 2}, {0, 5}};  // two layers: rows of 3 and a block of 2; a block of 5
+
+TEST_CASE("a forked sequence shares pages until it writes, and owns its block") {
+    TestPool pool(test_layers, /*page_size*/ 4, /*capacity*/ 100);
     int a = pool.create();
     CHECK(pool.fixed_offset == std::vector<int64_t>{0, 2});
     for (int i = 0; i < 7; i++) CHECK(pool.sequences[a].fixed.get()[i] == 0);
+    CHECK(pool.pages_wanted(a, 6) == 2);
     pool.reserve(a, 6);
     REQUIRE(pool.sequences[a].pages.size() == 2);
     pool.sequences[a].length = 6;
-    auto page = [&](int s, int p) { return pool.pages[pool.sequences[s].pages[p]].get(); };
+    auto page = [&](int s, int p) { return pool.page(pool.sequences[s].pages[p]); };
     for (int i = 0; i < 12; i++) page(a, 0)[i] = (float)i, page(a, 1)[i] = (float)(100 + i);
     for (int i = 0; i < 7; i++) pool.sequences[a].fixed.get()[i] = i + 0.5;
 
     int b = pool.fork(a);
     CHECK(pool.sequences[b].length == 6);
     CHECK(page(b, 0) == page(a, 0));
+    CHECK(page(b, 1) == page(a, 1));
+    CHECK(pool.bytes() == 2 * 12 * sizeof(float) + 2 * 7 * sizeof(double));  // a shared page counts once
+    CHECK(pool.pages_wanted(b, 1) == 1);
+    CHECK(pool.pages_wanted(b, 3) == 2);
+    pool.reserve(b, 1);
+    CHECK(page(b, 0) == page(a, 0));
     REQUIRE(page(b, 1) != page(a, 1));
     for (int i = 0; i < 12; i++) CHECK(page(b, 1)[i] == (float)(100 + i));
     for (int i = 0; i < 7; i++) CHECK(pool.sequences[b].fixed.get()[i] == i + 0.5);
-    CHECK(pool.bytes() == 3 * 12 * sizeof(float) + 2 * 7 * sizeof(double));  // the shared page counts once
+    CHECK(pool.bytes() == 3 * 12 * sizeof(float) + 2 * 7 * sizeof(double));
+    CHECK(pool.pages_wanted(a, 2) == 0);  // the page is its own now
 
     page(b, 1)[0] = pool.sequences[b].fixed.get()[0] = -1;  // what one does the other does not see
     CHECK(page(a, 1)[0] == 100);
@@ -1111,11 +1123,108 @@ TEST_CASE("a forked sequence shares full pages, and owns its last page and its b
     CHECK(pool.bytes() == 2 * 12 * sizeof(float) + 7 * sizeof(double));
     pool.release(b);
     CHECK(pool.bytes() == 0);
-    int c = pool.create();  // numbers and pages are used again, blocks start from zero
+    int c = pool.create();  // numbers, pages and blocks are used again, blocks start from zero
     CHECK(c == a);
     pool.reserve(c, 12);
-    CHECK(pool.pages.size() == 3);
+    for (int p : pool.sequences[c].pages) CHECK((p >= 0 && p < 3));
     for (int i = 0; i < 7; i++) CHECK(pool.sequences[c].fixed.get()[i] == 0);
+}
+
+TEST_CASE("a full page at the end of a shared state is never copied") {
+    TestPool pool(test_layers, 4, 100);
+    int a = pool.create();
+    pool.reserve(a, 8);
+    pool.sequences[a].length = 8;
+    int b = pool.fork(a);
+    CHECK(pool.pages_wanted(b, 1) == 1);
+    pool.reserve(b, 1);
+    CHECK(pool.sequences[b].pages[1] == pool.sequences[a].pages[1]);
+    CHECK(pool.pages_in_use() == 3);
+}
+
+TEST_CASE("a window gives pages back that the next token does not see") {
+    TestPool pool(test_layers, 4, 100);
+    int a = pool.create();
+    pool.reserve(a, 14);
+    pool.sequences[a].length = 14;
+    std::vector<int> before = pool.sequences[a].pages;
+    pool.slide(a, 8);  // the next token, number 14, sees 7 ... 14
+    CHECK(pool.sequences[a].dropped == 4);
+    CHECK(pool.sequences[a].length == 10);
+    CHECK(pool.sequences[a].past() == 14);
+    CHECK(pool.sequences[a].pages == std::vector<int>(before.begin() + 1, before.end()));
+    CHECK(pool.pages_in_use() == 3);
+    pool.slide(a, 7);  // 8 ... 14
+    CHECK(pool.sequences[a].dropped == 8);
+    CHECK(pool.pages_in_use() == 2);
+    pool.slide(a, 1);  // itself alone
+    CHECK(pool.sequences[a].past() == 14);
+    CHECK(pool.sequences[a].length == 2);
+}
+
+// Every sequence's numbers are what was written for it, whatever its neighbours do; nothing leaks.
+TEST_CASE("100,000 random requests to the page allocator") {
+    struct Text {
+        int number;
+        std::vector<float> tokens;  // all that it has been given, those in dropped pages included
+    };
+    std::mt19937 random(1);
+    auto below = [&](int n) { return (int)(random() % (unsigned)n); };
+    for (int page_size : {1, 3, 16}) {
+        TestPool pool(test_layers, page_size, 60);
+        std::vector<Text> texts;
+        float next = 1;
+        int64_t refused = 0;
+        for (int request = 0; request < 33334; request++) {
+            int kind = below(10), who = texts.empty() ? 0 : below((int)texts.size());
+            if (texts.empty() || (kind == 0 && texts.size() < 12)) {
+                texts.push_back({pool.create(), {}});
+            } else if (kind == 1 && texts.size() < 12) {
+                texts.push_back({pool.fork(texts[who].number), texts[who].tokens});
+            } else if (kind == 2) {
+                pool.release(texts[who].number);
+                texts.erase(texts.begin() + who);
+            } else if (kind == 3) {
+                pool.slide(texts[who].number, 1 + below(20));
+            } else {
+                Text& t = texts[who];
+                int n = below(2 * page_size + 2);
+                if (pool.pages_wanted(t.number, n) > pool.pages_left()) {
+                    refused++;
+                    pool.release(t.number);
+                    texts.erase(texts.begin() + who);
+                    continue;
+                }
+                int64_t wanted = pool.pages_wanted(t.number, n), left = pool.pages_left();
+                pool.reserve(t.number, n);
+                REQUIRE(left - pool.pages_left() == wanted);
+                auto& q = pool.sequences[t.number];
+                for (int i = 0; i < n; i++, q.length++) {
+                    t.tokens.push_back(next);
+                    for (int k = 0; k < 3; k++) pool.page(q.pages[q.length / page_size])[q.length % page_size * 3 + k] = next;
+                    next = next < 1e6f ? next + 1 : 1;
+                }
+            }
+            if (request % 16) continue;
+            std::vector<int> holders(60, 0);
+            bool right = true;
+            for (const Text& t : texts) {
+                const auto& q = pool.sequences[t.number];
+                right = right && q.past() == (int64_t)t.tokens.size() && (int64_t)q.pages.size() * page_size >= q.length;
+                for (int p : q.pages) holders[p]++;
+                for (int64_t j = 0; j < q.length; j++)
+                    for (int k = 0; k < 3; k++)
+                        right = right && pool.page(q.pages[j / page_size])[j % page_size * 3 + k] == t.tokens[q.dropped + j];
+            }
+            REQUIRE(right);
+            REQUIRE(pool.pages_in_use() == 60 - std::count(holders.begin(), holders.end(), 0));
+        }
+        CHECK(refused > 100);
+        for (const Text& t : texts) pool.release(t.number);
+        CHECK(pool.pages_in_use() == 0);
+        CHECK(pool.pages_left() == 60);
+        CHECK(pool.bytes() == 0);
+    }
 }
 
 int main(int argc, char** argv) {

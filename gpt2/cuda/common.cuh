@@ -5,6 +5,7 @@
 // call gives the same bits.
 #pragma once
 
+#include <cuda.h>
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
 #include <nvtx3/nvToolsExt.h>
@@ -49,6 +50,20 @@ inline const cudaDeviceProp& device_properties() {
     }();
     return properties;
 }
+
+// A function of the driver. libcuda is not linked: programs start on machines without a GPU too.
+inline void* driver_function(const char* name) {
+    void* function = nullptr;
+    cudaDriverEntryPointQueryResult result;
+#if CUDART_VERSION >= 12050
+    CUDA_CHECK(cudaGetDriverEntryPointByVersion(name, &function, 12000, cudaEnableDefault, &result));
+#else
+    CUDA_CHECK(cudaGetDriverEntryPoint(name, &function, cudaEnableDefault, &result));
+#endif
+    if (!function) data_error("the driver has no %s: install one for CUDA 12 or later", name);
+    return function;
+}
+#define DRIVER_FUNCTION(name) ((decltype(&name))::gpu::driver_function(#name))
 
 // More than 48 KB of shared memory a block must be asked for, kernel by kernel.
 template <class Kernel>
@@ -196,16 +211,24 @@ struct TokenPlace {
     int seq, pos;
 };
 
+// The rows of one network layer in all pages of the pool, known to the host: a tensor (pages, page_size, per_token) with strides (page_stride, per_token, 1).
+struct StatePages {
+    const floatX* rows = nullptr;  // in page 0; null: not known
+    int64_t pages = 0, page_stride = 0, per_token = 0;
+    int page_size = 0;
+};
+
 // One sequence's decode state in one network layer (device memory): a block of constant size, always float32, all zeros for an empty sequence; and one row
-// of floatX a token in pages.
+// of floatX a token in pages of a pool that is one range of memory.
 struct AttentionState {
-    int64_t length;        // tokens in it, before those that extend() appends now; their rows have been allocated
-    float* fixed;          // AttentionStateSize::per_sequence numbers
-    floatX* const* pages;  // page p holds the rows of tokens p·page_size ...
-    int page_size;
-    int64_t offset;     // of this network layer within a page
-    int64_t per_token;  // AttentionStateSize::per_token: the length of a row
-    __device__ floatX* row(int64_t j) const { return pages[j / page_size] + offset + j % page_size * per_token; }
+    int64_t length;         // rows in it, before those that extend() appends now, which have been allocated
+    float* fixed;           // AttentionStateSize::per_sequence numbers
+    floatX* rows;           // this network layer's rows in page 0 of the pool
+    const int* page_table;  // row j is in page page_table[j / page_size]; entries behind the last page needed may be anything
+    int64_t page_stride;    // numbers from a page of the pool to the next
+    int page_size;          // rows of a page
+    int64_t per_token;      // AttentionStateSize::per_token: the length of a row
+    __device__ floatX* row(int64_t j) const { return rows + page_table[j / page_size] * page_stride + j % page_size * per_token; }
 };
 
 }  // namespace gpu

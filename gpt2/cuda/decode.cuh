@@ -113,7 +113,7 @@ __device__ inline void write_lse(const SoftmaxAttention& a, const Plan& p, int s
 
 // AttentionState::row for a key that has a 32-bit number.
 __device__ inline floatX* page_row(const AttentionState& state, int j) {
-    return state.pages[j / state.page_size] + state.offset + j % state.page_size * state.per_token;
+    return state.rows + state.page_table[j / state.page_size] * state.page_stride + j % state.page_size * state.per_token;
 }
 __device__ inline bool on_16_bytes(const void* p) { return (uintptr_t)p % 16 == 0; }
 

@@ -11,8 +11,6 @@
 // The bodies are empty where the instructions do not exist; hopper_code() tells the host. Source: PTX ISA, sections on wgmma, cp.async.bulk.tensor, mbarrier.
 #pragma once
 
-#include <cuda.h>  // CUtensorMap; libcuda is not linked: its one function that is needed comes through the runtime
-
 #include <algorithm>
 
 #include "tensor_cores.cuh"
@@ -47,17 +45,7 @@ inline bool hopper_code() {
 // `const __grid_constant__ CUtensorMap`.
 template <int RANK>
 inline CUtensorMap tensor_map(const void* data, const int64_t (&size)[RANK], const int64_t (&stride)[RANK - 1], const int (&box)[RANK]) {
-    static const auto encode = [] {
-        void* function = nullptr;
-        cudaDriverEntryPointQueryResult result;
-#if CUDART_VERSION >= 12050
-        CUDA_CHECK(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &result));
-#else
-        CUDA_CHECK(cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &function, cudaEnableDefault, &result));
-#endif
-        return (decltype(&cuTensorMapEncodeTiled))function;
-    }();
-    if (!encode) data_error("the driver has no cuTensorMapEncodeTiled: install one for CUDA 12 or later");
+    static const auto encode = DRIVER_FUNCTION(cuTensorMapEncodeTiled);
     cuuint64_t sizes[RANK], strides[RANK];
     cuuint32_t boxes[RANK], steps[RANK];
     for (int i = 0; i < RANK; i++) {

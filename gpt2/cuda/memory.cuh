@@ -165,6 +165,52 @@ struct DeviceMemory {
     static void release(void* p) { cudaFree(p); }
     static void copy(void* to, const void* from, size_t bytes) { CUDA_CHECK(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToDevice, main_stream())); }
     static void zero(void* p, size_t bytes) { CUDA_CHECK(cudaMemsetAsync(p, 0, bytes, main_stream())); }
+
+    // One range of addresses, `capacity` bytes long, that grow() gives memory, from its beginning on. What stands there stays where it is.
+    class Range {
+        static constexpr size_t PIECE = 64 << 20;  // a multiple of what can be mapped
+        size_t capacity, size = 0;
+        std::vector<CUmemGenericAllocationHandle> pieces;
+
+        static void check(const char* name, CUresult status) {
+            if (status == CUDA_ERROR_OUT_OF_MEMORY) data_error("no GPU memory is left for decode states: give fewer --pages or a smaller --parallel");
+            if (status != CUDA_SUCCESS) data_error("%s failed with the driver's error %d: restart the program, or see what nvidia-smi says", name, (int)status);
+        }
+
+     public:
+        char* base = nullptr;
+        explicit Range(size_t bytes) : capacity(round_up(bytes, PIECE)) {
+            CUdeviceptr p = 0;
+            if (capacity) check("cuMemAddressReserve", DRIVER_FUNCTION(cuMemAddressReserve)(&p, capacity, 0, 0, 0));
+            base = (char*)p;
+        }
+        ~Range() {
+            if (size) DRIVER_FUNCTION(cuMemUnmap)((CUdeviceptr)base, size);
+            for (CUmemGenericAllocationHandle h : pieces) DRIVER_FUNCTION(cuMemRelease)(h);
+            if (base) DRIVER_FUNCTION(cuMemAddressFree)((CUdeviceptr)base, capacity);
+        }
+        Range(const Range&) = delete;
+        Range& operator=(const Range&) = delete;
+        void grow(size_t bytes) {
+            assert(bytes <= capacity);
+            while (size < bytes) {
+                CUmemAllocationProp kind{};
+                kind.type = CU_MEM_ALLOCATION_TYPE_PINNED;
+                kind.location.type = CU_MEM_LOCATION_TYPE_DEVICE;
+                CUDA_CHECK(cudaGetDevice(&kind.location.id));
+                CUmemGenericAllocationHandle piece;
+                check("cuMemCreate", DRIVER_FUNCTION(cuMemCreate)(&piece, PIECE, &kind, 0));
+                pieces.push_back(piece);
+                CUdeviceptr at = (CUdeviceptr)base + size;
+                check("cuMemMap", DRIVER_FUNCTION(cuMemMap)(at, PIECE, 0, piece, 0));
+                size += PIECE;
+                CUmemAccessDesc access{};
+                access.location = kind.location;
+                access.flags = CU_MEM_ACCESS_FLAGS_PROT_READWRITE;
+                check("cuMemSetAccess", DRIVER_FUNCTION(cuMemSetAccess)(at, PIECE, &access, 1));
+            }
+        }
+    };
 };
 
 }  // namespace gpu

@@ -28,6 +28,7 @@ struct SoftmaxAttention {
     // decode.cuh only: keys and values in pages, key j of sequence s at states[s].row(j) + k_offset + g·k_head, its value at ... + v_offset + g·v_head.
     const AttentionState* states = nullptr;  // device
     int64_t k_offset = 0, v_offset = 0;
+    StatePages pages;  // what all these states share, as the host knows it
     // Where each sequence's first query stands among the keys (device); null: the queries are the last. Forward and decode only.
     const int* q_at = nullptr;
     // Attention dropout: Philox counter (j>>2, i, b·NH+h, step·L+l), word j&3. By default b is the sequence, i and j are positions in it; a core sequence
