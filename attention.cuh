@@ -64,9 +64,9 @@ struct AttentionContext {
 struct Attention {
     const char* name;
     std::vector<TensorSpec> (*saved)(const AttentionConfig&, int64_t N, int lanes);
-    // Bytes of scratch memory that forward and backward (training), or forward and extend (otherwise) take. kv_tokens: a bound on the keys that the new tokens
+    // Bytes of scratch memory that forward and backward (training), or forward and extend (otherwise) take. max_len: tokens of the longest sequence. kv_tokens: a bound on the keys that the new tokens
     // meet: extend's cu_kv[num_seqs]; in training N, or with carried memories more than they can hold.
-    int64_t (*scratch)(const AttentionConfig&, int64_t N, int64_t num_seqs, int64_t kv_tokens, bool training);
+    int64_t (*scratch)(const AttentionConfig&, int64_t N, int64_t num_seqs, int max_len, int64_t kv_tokens, bool training);
     void (*forward)(const AttentionContext&, const Tensors& parameters, const Tensors& saved, const floatX* x, const floatX* residual, floatX* out);
     void (*backward)(const AttentionContext&, const Tensors& parameters, const Tensors& gradients, const Tensors& saved, const floatX* x, const floatX* dout,
                      floatX* dx);
@@ -119,13 +119,13 @@ inline std::vector<TensorSpec> causal_saved(const AttentionConfig& a, int64_t N,
 // Beyond so many new tokens in one sequence, keys and values are gathered: reading, writing and reading them again costs what decoding does that often.
 constexpr int MAX_DECODE_QUERIES = 16;
 
-inline int64_t causal_scratch(const AttentionConfig& a, int64_t N, int64_t num_seqs, int64_t kv_tokens, bool training) {
+inline int64_t causal_scratch(const AttentionConfig& a, int64_t N, int64_t num_seqs, int max_len, int64_t kv_tokens, bool training) {
     int64_t size = sizeof(floatX), C = a.channels, qkv = N * qkv_size(a) * size, row = causal_state(a).per_token, branch = scratch_bytes({N * C * size});
     int heads = a.heads, kv_heads = a["kv-heads"], hs = a.head_size();
     if (training) return scratch_bytes({N * C * size, qkv}) + std::max(branch, round_up(softmax_backward_scratch(heads, kv_heads, hs, hs, N, N), 256));
-    int queries = (int)std::min<int64_t>(N, MAX_DECODE_QUERIES);
+    int queries = std::min(max_len, MAX_DECODE_QUERIES);
     int64_t decode = softmax_decode_scratch(heads, kv_heads, hs, hs, (int)num_seqs, queries);
-    int64_t gathered = N > MAX_DECODE_QUERIES ? scratch_bytes({kv_tokens * row * size}) : 0;
+    int64_t gathered = max_len > MAX_DECODE_QUERIES ? scratch_bytes({kv_tokens * row * size}) : 0;
     return scratch_bytes({qkv, N * C * size}) + std::max({branch, decode, gathered});
 }
 
@@ -256,7 +256,7 @@ inline int64_t infini_core_backward_scratch(const AttentionConfig& a, const Infi
 }
 
 // kv_tokens: at least N + lanes·(segment−1) if forward and backward are to start from that many carried memories; N if they never do.
-inline int64_t infini_scratch(const AttentionConfig& a, int64_t N, int64_t num_seqs, int64_t kv_tokens, bool training) {
+inline int64_t infini_scratch(const AttentionConfig& a, int64_t N, int64_t num_seqs, int, int64_t kv_tokens, bool training) {
     bool carried = !training || kv_tokens > N || a["segment"] == 1;  // segments of one token never leave any pending
     InfiniPass p = infini_shape(a, N, num_seqs, N, carried ? num_seqs : 0, kv_tokens);
     int64_t size = sizeof(floatX), C = a.channels, branch = scratch_bytes({N * C * size}), tables = infini_tables_bytes(p);
@@ -433,7 +433,7 @@ inline std::vector<TensorSpec> lightning_saved(const AttentionConfig& a, int64_t
             buffer_spec("chunks", {lightning_states(a, N)})};
 }
 
-inline int64_t lightning_scratch(const AttentionConfig& a, int64_t N, int64_t num_seqs, int64_t, bool training) {
+inline int64_t lightning_scratch(const AttentionConfig& a, int64_t N, int64_t num_seqs, int, int64_t, bool training) {
     int64_t row = N * a.channels * sizeof(floatX), recurrence = lightning_recurrence_scratch(a, N, training),
             starts = scratch_bytes({num_seqs * (int64_t)sizeof(float*)});
     int64_t forward = scratch_bytes({row}) + std::max(scratch_bytes({row}), starts + recurrence);
@@ -524,7 +524,7 @@ inline std::vector<TensorSpec> mla_saved(const AttentionConfig& a, int64_t N, in
     return list;
 }
 
-inline int64_t mla_scratch(const AttentionConfig& a, int64_t N, int64_t num_seqs, int64_t kv_tokens, bool training) {
+inline int64_t mla_scratch(const AttentionConfig& a, int64_t N, int64_t num_seqs, int max_len, int64_t kv_tokens, bool training) {
     MlaShape d(a);
     auto numbers = [](std::initializer_list<int64_t> takes) {
         int64_t total = 0;
@@ -537,8 +537,8 @@ inline int64_t mla_scratch(const AttentionConfig& a, int64_t N, int64_t num_seqs
         int64_t attention = numbers({N * d.d_c, N * d.kv, N * d.q, N * d.q, N * d.q, N * d.kv, N * d.u}) + std::max(core, query);
         return std::max(forward, numbers({N * d.o}) + std::max(branch, attention));
     }
-    int64_t K = cpu::mla_expanded_tokens(d, N, kv_tokens), query = numbers({N * d.r_q, N * d.r_q}), unabsorbed = numbers({K * d.u, K * d.kv, K * d.q});
-    int64_t absorbed = numbers({N * d.NH * d.u, N * d.NH * d.d_c}) + softmax_decode_scratch(d.NH, 1, (int)d.u, d.d_c, (int)num_seqs, (int)N);
+    int64_t K = max_len == 1 ? 0 : cpu::mla_expanded_tokens(d, N, kv_tokens), query = numbers({N * d.r_q, N * d.r_q}), unabsorbed = numbers({K * d.u, K * d.kv, K * d.q});
+    int64_t absorbed = numbers({N * d.NH * d.u, N * d.NH * d.d_c}) + softmax_decode_scratch(d.NH, 1, (int)d.u, d.d_c, (int)num_seqs, max_len);
     return std::max(forward, numbers({N * d.q, N * d.u, N * d.o}) + std::max({branch, query, unabsorbed, absorbed}));
 }
 
@@ -679,6 +679,7 @@ inline void mla_backward(const AttentionContext& ctx, const Tensors& parameters,
 //
 //     ABSORBED − UNABSORBED = Σ_s n·(P+X) + n·(n+1)/2 − (P+n)·X = Σ_s n·P + n·(n+1)/2 − P·X
 inline MlaForm mla_form(const AttentionContext& ctx) {
+    if (ctx.max_len == 1) return MlaForm::ABSORBED;  // whatever the lengths, so that a decode step can be replayed as a graph
     double X = mla_crossover(MlaShape(*ctx.config)), products = 0, prefix = 0;
     for (int s = 0; s < ctx.num_seqs; s++) {
         double n = ctx.cu_seqlens_host[s + 1] - ctx.cu_seqlens_host[s], P = (double)ctx.lengths_host[s];  // n = 0: the un-absorbed form expands P still

@@ -10,6 +10,7 @@
 // copy, its loss and norm come back in another, and passes of the same shape are replayed as a CUDA graph.
 // Shapes: N tokens (B·T of them in a dense batch), C channels, V vocabulary, Vp padded vocabulary, L layers. All matrices row-major, weights (out, in).
 #include <algorithm>
+#include <climits>
 #include <cmath>
 #include <cstring>
 #include <deque>
@@ -135,7 +136,7 @@ struct Gpt2 : Trainer {
         for (const AttentionConfig& a : c.attention) {
             int64_t num_seqs = ceil_div(o.max_tokens, c.max_seq);  // more of them are met as they come
             scratch_need =
-                std::max(scratch_need, attention(a.name).scratch(a, o.max_tokens, num_seqs, training_kv_tokens(o.max_tokens, o.lanes > 0), o.training));
+                std::max(scratch_need, attention(a.name).scratch(a, o.max_tokens, num_seqs, c.max_seq, training_kv_tokens(o.max_tokens, o.lanes > 0), o.training));
         }
         if (o.plan_only) return;
         stream = main_stream();
@@ -164,6 +165,8 @@ struct Gpt2 : Trainer {
     ~Gpt2() override {
         if (stream) cudaStreamSynchronize(stream);
         if (graph) cudaGraphExecDestroy(graph);
+        for (DecodeGraph& g : decode_graphs)
+            if (g.graph) cudaGraphExecDestroy(g.graph);
         for (std::deque<PendingResult>* list : {&pending, &spare})
             for (PendingResult& r : *list) {
                 cudaFreeHost(r.host);
@@ -303,7 +306,7 @@ struct Gpt2 : Trainer {
     // The context of one network layer's attention.
     AttentionContext context(int layer, int64_t kv_tokens, bool training) {
         const AttentionConfig& a = config.attention[layer];
-        scratch.reserve(attention(a.name).scratch(a, (int64_t)batch.tokens.size(), batch.num_seqs(), kv_tokens, training));
+        scratch.reserve(attention(a.name).scratch(a, (int64_t)batch.tokens.size(), batch.num_seqs(), max_len, kv_tokens, training));
         AttentionContext ctx{};
         ctx.config = &a;
         ctx.stream = stream;
@@ -545,13 +548,27 @@ struct Gpt2 : Trainer {
 
     // ---- extend: new tokens for sequences that are being decoded -----------------------------------------------------------------------------------
 
-    void extend(const Batch& b, const std::vector<int>& sequences, float* last_logits) override {
-        int64_t N = (int64_t)b.tokens.size(), C = config.channels, V = config.vocab_size, Vp = config.padded_vocab_size;
-        int S = b.num_seqs(), max_kv = 0;
-        assert(N <= options.max_tokens && (int)sequences.size() == S);
-        std::vector<int64_t> lengths, pasts;
-        std::vector<int> cu_kv(1, 0), last_rows, answered, page_table;
+    // What extend is given besides the batch. Device memory unless a name says host.
+    struct Extension {
+        std::vector<int64_t> lengths_host;              // rows in each state, before the new ones
+        std::vector<const AttentionState*> states;      // of each network layer
+        const int *cu_kv, *last_rows;                   // (num_seqs+1) offsets of old and new tokens together; the last new token of each sequence that has any
+        std::vector<int> answered_host;                 // those sequences
+        int64_t kv_tokens;
+        int max_kv;
+        bool decode;  // one token of each sequence
+    } extension;
+
+    // Takes new tokens for `sequences` to the device, and makes room for them in the states.
+    void begin_extend(const Batch& b, const std::vector<int>& sequences) {
+        int S = b.num_seqs();
+        assert((int64_t)b.tokens.size() <= options.max_tokens && (int)sequences.size() == S);
+        Extension e;
+        std::vector<int64_t> pasts;
+        std::vector<int> cu_kv(1, 0), last_rows, page_table;
         std::vector<int64_t> first_page;
+        e.max_kv = 0;
+        e.decode = true;
         for (int s = 0; s < S; s++) {
             const auto& q = pool->sequences[sequences[s]];
             int64_t length = q.length, past = q.past(), q_len = b.cu_seqlens[s + 1] - b.cu_seqlens[s];
@@ -559,66 +576,139 @@ struct Gpt2 : Trainer {
                 usage_error("a sequence of %lld tokens is longer than the model's %d learned positions: use a shorter prompt or fewer tokens",
                             (long long)(past + q_len), config.max_seq);
             pool->reserve(sequences[s], q_len);
-            lengths.push_back(length);
+            e.lengths_host.push_back(length);
             pasts.push_back(past);
             cu_kv.push_back(cu_kv[s] + (int)(length + q_len));
-            max_kv = std::max(max_kv, (int)(length + q_len));
+            e.max_kv = std::max(e.max_kv, (int)(length + q_len));
+            e.decode = e.decode && q_len == 1;
             first_page.push_back((int64_t)page_table.size());
             page_table.insert(page_table.end(), q.pages.begin(), q.pages.end());
-            if (q_len > 0) last_rows.push_back(b.cu_seqlens[s + 1] - 1), answered.push_back(s);
+            if (q_len > 0) last_rows.push_back(b.cu_seqlens[s + 1] - 1), e.answered_host.push_back(s);
         }
+        e.kv_tokens = cu_kv[S];
         Batch plain = b;
         plain.memory_from.clear();
         plain.memory_to.clear();
         begin_pass(plain, Pass(), pasts.data());
-        states_upload.begin((int64_t)page_table.size() * 4 + S * (int64_t)(config.layers * sizeof(AttentionState) + 16) + 64 * (config.layers + 8));
-        const int* pages = states_upload.put(page_table);
-        const int *cu_kv_device = states_upload.put(cu_kv), *rows_device = states_upload.put(last_rows);
-        std::vector<const AttentionState*> layer_states;
+
+        // What has the same place for the same number of sequences, then the page tables.
+        int64_t states_size = round_up(S * sizeof(AttentionState), 16), tables_at = 2 * round_up((S + 1) * sizeof(int), 16) + config.layers * states_size;
+        states_upload.begin(tables_at + (int64_t)page_table.size() * sizeof(int));
+        const int* pages = (const int*)(states_upload.place() + tables_at);
+        e.cu_kv = states_upload.put(cu_kv);
+        last_rows.resize(S + 1);
+        e.last_rows = states_upload.put(last_rows);
         for (int l = 0; l < config.layers; l++) {
             std::vector<AttentionState> states;
             for (int s = 0; s < S; s++)
-                states.push_back({lengths[s], pool->sequences[sequences[s]].fixed.get() + pool->fixed_offset[l], pool->page(0) + pool->page_offset[l],
+                states.push_back({e.lengths_host[s], pool->sequences[sequences[s]].fixed.get() + pool->fixed_offset[l], pool->page(0) + pool->page_offset[l],
                                   pages + first_page[s], pool->page_numbers, pool->page_size, pool->per_token[l]});
-            layer_states.push_back(states_upload.put(states));
+            e.states.push_back(states_upload.put(states));
         }
+        const int* put = states_upload.put(page_table);
+        assert(put == pages);
+        (void)put;
         states_upload.send();
+        extension = e;
+    }
 
+    // The new tokens through all layers; the last one of each sequence, normalised: the rows (answered, C) of act(0, "ln1").
+    void extend_pass() {
+        int64_t N = (int64_t)batch.tokens.size(), C = config.channels, rows = (int64_t)extension.answered_host.size();
         floatX* x = act(0, "x");
         encoder_forward(stream, x, tokens, position, params["wte"], wpe<floatX>(params), N, C);
         for (int l = 0; l < config.layers; l++) {
-            AttentionContext ctx = context(l, cu_kv[S], false);
-            ctx.states = layer_states[l];
+            AttentionContext ctx = context(l, extension.kv_tokens, false);
+            ctx.states = extension.states[l];
             ctx.pages = {pool->page(0) + pool->page_offset[l], pool->capacity, pool->page_numbers, pool->per_token[l], pool->page_size};
             ctx.window = (int)options.window;
-            ctx.lengths_host = lengths.data();
-            ctx.cu_kv = cu_kv_device;
-            ctx.kv_tokens = cu_kv[S];
-            ctx.max_kv = max_kv;
+            ctx.lengths_host = extension.lengths_host.data();
+            ctx.cu_kv = extension.cu_kv;
+            ctx.kv_tokens = extension.kv_tokens;
+            ctx.max_kv = extension.max_kv;
             floatX *ln1 = act(l, "ln1"), *mid = act(l, "mid"), *next = block_output(l);
             layernorm_forward(stream, ln1, act(l, "ln1.mean"), act(l, "ln1.rstd"), x, param(l, "ln1.w"), param(l, "ln1.b"), N, C);
             attention(config.attention[l].name).extend(ctx, attn_params[l], ln1, x, mid);
             mlp_forward(l, mid, next);
             x = next;
         }
-        for (int s = 0; s < S; s++) {
+        if (rows == 0) return;
+        floatX *lnf = acts["lnf"], *last = act(0, "ln1");
+        layernorm_forward(stream, rows < N ? lnf : last, acts["lnf.mean"], acts["lnf.rstd"], x, params["lnf.w"], params["lnf.b"], N, C);
+        if (rows == N) return;
+        gather_rows_kernel<<<(unsigned)rows, 256, 0, stream>>>(last, lnf, extension.last_rows, C);
+        LAUNCH_CHECK();
+    }
+    void head(int64_t first, int64_t rows) {
+        const floatX* last = act(0, "ln1");
+        linear_forward(stream, acts["logits"], last + first * config.channels, params["wte"], nullptr, rows, config.channels, config.padded_vocab_size);
+    }
+
+    // Steps of decoding that can be replayed: all that a graph of kernels depends on. The first step of a kind runs as it is (which makes all plans and
+    // allocations), the second is captured, further ones are replayed.
+    struct DecodeGraph {
+        int sequences, max_kv;
+        const char *arrays, *states, *scratch;
+        cudaGraphExec_t graph;
+        bool is(const DecodeGraph& g) const {
+            return sequences == g.sequences && max_kv == g.max_kv && arrays == g.arrays && states == g.states && scratch == g.scratch;
+        }
+    };
+    static constexpr size_t MAX_DECODE_GRAPHS = 64;
+    std::deque<DecodeGraph> decode_graphs;
+
+    // The whole step, logits of all sequences included.
+    void decode_step() {
+        int S = batch.num_seqs();
+        // A bound that seldom changes; the lengths themselves are the device's.
+        for (int bound = 256;; bound = bound > INT_MAX / 2 ? INT_MAX : 2 * bound)
+            if (bound >= extension.max_kv) {
+                extension.max_kv = bound;
+                break;
+            }
+        extension.kv_tokens = (int64_t)S * extension.max_kv;
+        DecodeGraph now = {S, extension.max_kv, upload.place(), states_upload.place(), scratch.memory, nullptr};
+        auto known = std::find_if(decode_graphs.begin(), decode_graphs.end(), [&](const DecodeGraph& g) { return g.is(now); });
+        if (known == decode_graphs.end()) {
+            extend_pass();
+            head(0, S);
+            now.scratch = scratch.memory;  // which may have grown
+            decode_graphs.push_back(now);
+            if (decode_graphs.size() <= MAX_DECODE_GRAPHS) return;
+            if (decode_graphs.front().graph) CUDA_CHECK(cudaGraphExecDestroy(decode_graphs.front().graph));
+            decode_graphs.pop_front();
+            return;
+        }
+        if (!known->graph) {
+            cudaGraph_t captured;
+            CUDA_CHECK(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
+            extend_pass();
+            head(0, S);
+            CUDA_CHECK(cudaStreamEndCapture(stream, &captured));
+            CUDA_CHECK(cudaGraphInstantiate(&known->graph, captured, 0));
+            CUDA_CHECK(cudaGraphDestroy(captured));
+        }
+        CUDA_CHECK(cudaGraphLaunch(known->graph, stream));
+    }
+
+    void extend(const Batch& b, const std::vector<int>& sequences, float* last_logits) override {
+        int64_t V = config.vocab_size, Vp = config.padded_vocab_size, chunk = logits_rows(options.max_tokens);
+        begin_extend(b, sequences);
+        int64_t rows = (int64_t)extension.answered_host.size();
+        bool step = extension.decode && rows <= chunk;
+        step ? decode_step() : extend_pass();
+        for (int s = 0; s < b.num_seqs(); s++) {
             pool->sequences[sequences[s]].length += b.cu_seqlens[s + 1] - b.cu_seqlens[s];
             if (options.window > 0) pool->slide(sequences[s], options.window);
         }
-        int64_t rows = (int64_t)last_rows.size();
-        if (!last_logits || rows == 0) return;
-        // The norm of all rows, the logits of the last ones.
-        floatX *lnf = acts["lnf"], *logits = acts["logits"], *last = act(0, "ln1");
-        layernorm_forward(stream, lnf, acts["lnf.mean"], acts["lnf.rstd"], x, params["lnf.w"], params["lnf.b"], N, C);
-        gather_rows_kernel<<<(unsigned)rows, 256, 0, stream>>>(last, lnf, rows_device, C);
-        LAUNCH_CHECK();
+        if (!last_logits) return;
         std::vector<float> values(rows * V);
-        for (int64_t r0 = 0, chunk = logits_rows(options.max_tokens); r0 < rows; r0 += chunk) {
+        for (int64_t r0 = 0; r0 < rows; r0 += chunk) {
             int64_t n = std::min(chunk, rows - r0);
-            linear_forward(stream, logits, last + r0 * C, params["wte"], nullptr, n, C, Vp);
-            read_rows(values.data() + r0 * V, logits, n, V, Vp);
+            if (!step) head(r0, n);
+            read_rows(values.data() + r0 * V, acts["logits"], n, V, Vp);
         }
-        for (int64_t r = 0; r < rows; r++) std::copy_n(&values[r * V], V, last_logits + answered[r] * V);
+        for (int64_t r = 0; r < rows; r++) std::copy_n(&values[r * V], V, last_logits + extension.answered_host[r] * V);
     }
     int new_sequence() override {
         if (!pool) {
