@@ -485,18 +485,20 @@ struct Gpt2 : Trainer {
             for (int64_t v = 0; v < V; v++) last_logits[s * V + v] = (float)logits[v];
         }
     }
-    int new_sequence() override {
+    auto& states() {
         if (!pool) {
             int64_t page = StatePool<real>::page_bytes(state_sizes(config), options.page_size);
             int64_t memory = (int64_t)sysconf(_SC_PHYS_PAGES) * sysconf(_SC_PAGE_SIZE) / 2;
             pool = std::make_unique<StatePool<real>>(state_sizes(config), options.page_size, options.pages > 0 || page == 0 ? options.pages : memory / page);
         }
-        return pool->create();
+        return *pool;
     }
+    int new_sequence() override { return states().create(); }
     int fork_sequence(int s) override { return pool->fork(s); }
+    int copy_sequence(int s) override { return pool->copy(s); }
     void free_sequence(int s) override { pool->release(s); }
     size_t state_bytes() override { return pool ? pool->bytes() : 0; }
-    int64_t pages_left() override { return pool->pages_left(); }
+    int64_t pages_left() override { return states().pages_left(); }
     int64_t pages_wanted(int s, int64_t tokens) override { return pool->pages_wanted(s, tokens); }
 
     // ---- exchange with the host, which for this trainer is the same place ---------------------------------------------------------------------------

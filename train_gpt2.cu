@@ -710,19 +710,21 @@ struct Gpt2 : Trainer {
         }
         for (int64_t r = 0; r < rows; r++) std::copy_n(&values[r * V], V, last_logits + extension.answered_host[r] * V);
     }
-    int new_sequence() override {
+    auto& states() {
         if (!pool) {
             size_t page = decltype(pool)::element_type::page_bytes(state_sizes(config), options.page_size), free_bytes, total;
             CUDA_CHECK(cudaMemGetInfo(&free_bytes, &total));
             int64_t fit = page == 0 ? 0 : (int64_t)(free_bytes / 10 * 9 / page);
             pool = std::make_unique<StatePool<floatX, float, DeviceMemory>>(state_sizes(config), options.page_size, options.pages > 0 ? options.pages : fit);
         }
-        return pool->create();
+        return *pool;
     }
+    int new_sequence() override { return states().create(); }
     int fork_sequence(int s) override { return pool->fork(s); }
+    int copy_sequence(int s) override { return pool->copy(s); }
     void free_sequence(int s) override { pool->release(s); }
     size_t state_bytes() override { return pool ? pool->bytes() : 0; }
-    int64_t pages_left() override { return pool->pages_left(); }
+    int64_t pages_left() override { return states().pages_left(); }
     int64_t pages_wanted(int s, int64_t n) override { return pool->pages_wanted(s, n); }
 
     // ---- exchange with the host ---------------------------------------------------------------------------------------------------------------------

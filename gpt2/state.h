@@ -107,6 +107,17 @@ struct StatePool {
         Memory::copy(q.fixed.get(), f.fixed.get(), fixed_numbers * sizeof(F));
         return s;
     }
+    // As fork(), with all pages its own.
+    int copy(int from) {
+        int s = fork(from);
+        for (int& p : sequences[s].pages) {
+            int shared = p;
+            p = take_page();
+            Memory::copy(page(p), page(shared), page_numbers * sizeof(T));
+            give_back(shared);
+        }
+        return s;
+    }
     void release(int s) {
         for (int p : sequences[s].pages) give_back(p);
         spare.push_back(std::move(sequences[s].fixed));
@@ -160,6 +171,7 @@ struct StatePool {
     // Is the page that the next token is written to held by others too?
     bool shares_last(const Sequence& q) const { return q.length < (int64_t)q.pages.size() * page_size && references[q.pages.back()] > 1; }
     int take_page() {
+        assert(pages_left() > 0);
         if (free_pages.empty()) {
             free_pages.push_back((int)references.size());
             references.push_back(0);

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "config.h"
+#include "sampler.h"
 #include "tensors.h"
 
 // Sequences packed one behind another: sequence s is rows cu_seqlens[s] .. cu_seqlens[s+1]-1. A dense batch of B rows is offsets 0, T, 2T, ...
@@ -35,6 +36,13 @@ struct AdamW {
     double lr, beta1, beta2, eps, weight_decay;
     double grad_clip;  // of the global norm; 0 = off
     int64_t step;      // from 1: bias correction
+};
+
+// A token to be drawn from the logits of a sequence.
+struct Draw {
+    int sequence;                                // which of those that extend() is given
+    double uniform;                              // in [0, 1)
+    const std::vector<int>* penalised = nullptr;  // repetitions, each once, or null: none
 };
 
 enum class Section { PARAMETERS, GRADIENTS, MOMENT1, MOMENT2 };  // all have the shapes of the parameter list
@@ -91,8 +99,27 @@ struct Trainer {
     // Appends new tokens to sequences that are being decoded: `batch.cu_seqlens` packs q_len >= 0 tokens for each of `sequences`; writes the
     // logits of each sequence's last new token, (num_seqs, vocab_size).
     virtual void extend(const Batch& batch, const std::vector<int>& sequences, float* last_logits) = 0;
+    // As extend(), which computes the logits, and a token for each of `draws` from them.
+    virtual std::vector<int> extend_and_draw(const Batch& batch, const std::vector<int>& sequences, const SamplerOptions& o, const std::vector<Draw>& draws) {
+        const size_t V = config.vocab_size;
+        logits.resize(sequences.size() * V);
+        extend(batch, sequences, logits.data());
+        std::vector<int> tokens;
+        std::vector<float> own_row;  // other draws may read the same
+        for (const Draw& d : draws) {
+            const float* row = &logits[d.sequence * V];
+            if (d.penalised && !d.penalised->empty()) {
+                own_row.assign(row, row + V);
+                penalise_repetitions(own_row.data(), *d.penalised, o.repetition_penalty);
+                row = own_row.data();
+            }
+            tokens.push_back(sample_token(row, (int)V, o, d.uniform));
+        }
+        return tokens;
+    }
     virtual int new_sequence() = 0;        // an empty one; its number is valid until free_sequence
-    virtual int fork_sequence(int s) = 0;  // another with the same past
+    virtual int fork_sequence(int s) = 0;  // another with the same past, in the same pages until they part
+    virtual int copy_sequence(int s) { return fork_sequence(s); }  // another with the same past, in pages of its own where there are any (benchmarks)
     virtual void free_sequence(int s) = 0;
     virtual size_t state_bytes() = 0;  // what all living sequences hold
     // Pages of states that can still be taken (INT64_MAX: no layer has any), and how many `tokens` more of sequence s would take: extend() wants them left.
@@ -118,6 +145,7 @@ struct Trainer {
 
  private:
     double step_loss = 0;
+    std::vector<float> logits;
     std::vector<StepResult> results;
 };
 
