@@ -209,7 +209,7 @@ inline void dropout_row(const SoftmaxAttention& a, int s, int h, int i, int j0, 
     }
 }
 
-// Few queries (decode): transposing a tile of keys costs more than the dot products with their rows.
+// Few queries on keys in pages: decoding, softmax_decode below.
 inline bool few_queries(int q_len) { return q_len < 4; }
 
 // One row of the running softmax over the scores s[lo..hi) of this tile: turns them into exp(s·scale − m), the others into 0. Returns the factor by which
@@ -237,17 +237,99 @@ inline real softmax_row(real* s, int n, int lo, int hi, real scale, real* m, rea
 
 inline int64_t softmax_forward_scratch(int64_t kv_tokens, int kv_heads, int d_qk) { return scratch_size({kv_tokens * kv_heads * d_qk}); }
 
+// Decoding reads much and computes little: every key and value, which stand in pages as rows of all heads, for a few products each. So the work is cut by keys
+// and not by heads: a thread takes PART keys of a sequence and walks over their rows once, for all heads; with its m, l and Σ_j exp(s_j − m)·v_j of each head
+// and query, the parts of a sequence are put together in their order (flash-decoding), whatever thread had them.
+inline void softmax_decode(const SoftmaxAttention& a, real* o, int64_t o_stride, real* lse) {
+    constexpr int PART = 4 * KT;
+    struct Part {
+        int seq, start;
+        int64_t result;  // where its results stand: for each query and head m, l, sum (d_v)
+    };
+    std::vector<Part> parts;
+    std::vector<int> first_part;
+    const int64_t record = a.d_v + 2;
+    int64_t numbers = 0;
+    for (int s = 0; s < a.num_seqs; s++) {
+        first_part.push_back((int)parts.size());
+        if (!few_queries(a.q_len(s)) || a.q_len(s) == 0) continue;
+        int first = a.position(s, 0), begin = a.window > 0 ? std::max(0, first - a.window + 1) / KT * KT : 0;
+        for (int j = begin; j < std::min(first + a.q_len(s), a.k_len(s)); j += PART) {
+            parts.push_back({s, j, numbers});
+            numbers += a.q_len(s) * a.heads * record;
+        }
+    }
+    first_part.push_back((int)parts.size());
+    RealVector results((size_t)numbers);
+#pragma omp parallel
+    {
+        RealVector scores((size_t)a.heads * KT);
+        std::vector<const real*> keys(KT), values(KT);
+#pragma omp for schedule(dynamic)
+        for (size_t t = 0; t < parts.size(); t++) {
+            int s = parts[t].seq, rows = a.q_len(s), first = a.position(s, 0), end = std::min({parts[t].start + PART, first + rows, a.k_len(s)});
+            real* result = results.data() + parts[t].result;
+            for (int64_t r = 0; r < rows * a.heads; r++) {
+                std::fill_n(result + r * record, record, (real)0);
+                result[r * record] = MINUS_INFINITY;
+            }
+            for (int j0 = parts[t].start; j0 < end; j0 += KT) {
+                int n = std::min(KT, end - j0), lo, hi;
+                for (int j = 0; j < n; j++) keys[j] = a.key(s, j0 + j, 0), values[j] = a.value(s, j0 + j, 0);
+                for (int i = 0; i < rows; i++) {
+                    const real* q = a.q + (a.cu_q[s] + i) * a.q_stride;
+                    real* own = result + (int64_t)i * a.heads * record;
+                    visible_keys(first + i, a.window, j0, n, &lo, &hi);
+                    for (int j = lo; j < hi; j++)
+                        for (int h = 0; h < a.heads; h++) scores[h * KT + j] = dot(a.d_qk, q + h * a.d_qk, keys[j] + a.kv_head(h) * a.k_head);
+                    for (int h = 0; h < a.heads; h++) {
+                        real *m = own + h * record, rescale = softmax_row(&scores[h * KT], n, lo, hi, a.scale, m, m + 1);
+                        if (rescale != 1)
+                            for (int c = 0; c < a.d_v; c++) m[2 + c] *= rescale;
+                    }
+                    for (int j = lo; j < hi; j++)
+                        for (int h = 0; h < a.heads; h++) {
+                            const real *v = values[j] + a.kv_head(h) * a.v_head, p = scores[h * KT + j];
+                            real* sum = own + h * record + 2;
+#pragma omp simd
+                            for (int c = 0; c < a.d_v; c++) sum[c] += p * v[c];
+                        }
+                }
+            }
+        }
+#pragma omp for collapse(2) schedule(static)
+        for (int s = 0; s < a.num_seqs; s++)
+            for (int h = 0; h < a.heads; h++)
+                for (int i = 0; few_queries(a.q_len(s)) && i < a.q_len(s); i++) {
+                    real m = MINUS_INFINITY, l = 0, *out = o + (a.cu_q[s] + i) * o_stride + h * a.d_v;
+                    std::fill_n(out, a.d_v, (real)0);
+                    for (int t = first_part[s]; t < first_part[s + 1]; t++) m = std::max(m, results[parts[t].result + (i * a.heads + h) * record]);
+                    for (int t = first_part[s]; t < first_part[s + 1]; t++) {
+                        const real* part = results.data() + parts[t].result + (i * a.heads + h) * record;
+                        if (part[0] == MINUS_INFINITY) continue;
+                        real weight = vexp(part[0] - m);
+                        l += weight * part[1];
+                        for (int c = 0; c < a.d_v; c++) out[c] += weight * part[2 + c];
+                    }
+                    for (int c = 0; c < a.d_v; c++) out[c] = l > 0 ? out[c] / l : 0;
+                    if (lse) lse[(a.cu_q[s] + i) * a.heads + h] = l > 0 ? m + std::log(l) : MINUS_INFINITY;
+                }
+    }
+}
+
 // o (rows of q, NH·d_v, o_stride apart), lse (rows of q, NH) or null.
 inline void softmax_forward(const SoftmaxAttention& a, real* o, int64_t o_stride, real* lse, Scratch scratch) {
     // Keys transposed, once for all query tiles: for each tile of n keys and each kv head a block (d_qk, n).
     real* kt = scratch.take((int64_t)a.cu_k[a.num_seqs] * a.kv_heads * a.d_qk);
     auto keys_transposed = [&](int s, int j0, int n, int g) { return kt + ((int64_t)(a.cu_k[s] + j0) * a.kv_heads + (int64_t)g * n) * a.d_qk; };
+    auto decoded = [&](int s) { return a.states && few_queries(a.q_len(s)); };
+    if (a.states) softmax_decode(a, o, o_stride, lse);
     std::vector<Tile> k_tiles = make_tiles(a.num_seqs, a.cu_k, KT), q_tiles = make_tiles(a.num_seqs, a.cu_q, QT);
 #pragma omp parallel for collapse(2) schedule(static)
     for (size_t t = 0; t < k_tiles.size(); t++)
         for (int g = 0; g < a.kv_heads; g++) {
             int s = k_tiles[t].seq, j0 = k_tiles[t].start, n = std::min(KT, a.k_len(s) - j0);
-            if (few_queries(a.q_len(s))) continue;
+            if (decoded(s)) continue;
             real* block = keys_transposed(s, j0, n, g);
             if (!a.states) {
                 tile_transpose(n, a.d_qk, a.key(s, j0, g), a.k_stride, block, n);
@@ -268,6 +350,7 @@ inline void softmax_forward(const SoftmaxAttention& a, real* o, int64_t o_stride
                 // Later tiles of a sequence have more keys: they go first, so that no thread is left with a long one.
                 Tile tile = q_tiles[q_tiles.size() - 1 - t];
                 int s = tile.seq, i0 = tile.start, rows = std::min(QT, a.q_len(s) - i0), g = a.kv_head(h);
+                if (decoded(s)) continue;
                 int first = a.position(s, i0), last = std::min(first + rows, a.k_len(s)) - 1;  // the first query's position, the last key seen
                 const real* q = a.q + (a.cu_q[s] + i0) * a.q_stride + h * a.d_qk;
                 real m[QT], l[QT];
@@ -277,12 +360,7 @@ inline void softmax_forward(const SoftmaxAttention& a, real* o, int64_t o_stride
                 int j_begin = a.window > 0 ? std::max(0, first - a.window + 1) / KT * KT : 0;
                 for (int j0 = j_begin; j0 <= last; j0 += KT) {
                     int n = std::min(KT, a.k_len(s) - j0);
-                    if (few_queries(a.q_len(s))) {
-                        for (int j = 0; j < n; j++)
-                            for (int i = 0; i < rows; i++) scores[i * n + j] = dot(a.d_qk, q + i * a.q_stride, a.key(s, j0 + j, g));
-                    } else {
-                        tile_matmul(rows, n, a.d_qk, q, a.q_stride, 1, keys_transposed(s, j0, n, g), n, scores.data(), n, false);
-                    }
+                    tile_matmul(rows, n, a.d_qk, q, a.q_stride, 1, keys_transposed(s, j0, n, g), n, scores.data(), n, false);
                     for (int i = 0; i < rows; i++) {
                         int lo, hi;
                         visible_keys(first + i, a.window, j0, n, &lo, &hi);
