@@ -53,7 +53,7 @@ run: check-deps  ## build, make the corpus, train a small GPT (ATTENTION=causal|
 	@$(MAKE) --no-print-directory -j2 train_gpt2 corpus
 	@dev/run.sh "$(ATTENTION)" $(RUN_ARGS)
 
-TESTS := $(B)/unit_tests $(B)/program_unit_tests $(B)/test_stories $(B)/layer_tests_f64 $(B)/layer_tests test_gpt2
+TESTS := $(B)/unit_tests $(B)/program_unit_tests $(B)/test_stories $(B)/layer_tests_f64 $(B)/layer_tests $(B)/generate_tests test_gpt2
 
 test: check-deps  ## prove every layer, parser and option; the last line counts
 	@$(MAKE) --no-print-directory -j2 train_gpt2 $(B)/stories $(TESTS)
@@ -75,8 +75,8 @@ train_gpt2cu: check-nvcc $(CU)/train_gpt2_bf16.o $(CU)/train_gpt2_float32.o $(B)
 test_gpt2cu: check-nvcc $(CU)/test_gpt2.o $(CU)/train_gpt2_bf16.o $(CU)/train_gpt2_float32.o $(B)/program.o  ## test_gpt2 for the GPU's trainer
 	$(NVCC) $(GENCODE) $(filter %.o,$^) -o $@ $(CUDA_LIBS)
 
-test-gpu: train_gpt2 train_gpt2cu test_gpt2cu $(CU)/gpu_tests  ## on a GPU: the reference outputs, and the GPU's trainer against the CPU's
-	@dev/test/run_tests.sh test_gpt2cu $(CU)/gpu_tests dev/test/gpu_program_tests.sh
+test-gpu: train_gpt2 train_gpt2cu test_gpt2cu $(CU)/gpu_tests $(CU)/generate_tests  ## on a GPU: the reference outputs, and the GPU's trainer against the CPU's
+	@dev/test/run_tests.sh test_gpt2cu $(CU)/gpu_tests $(CU)/generate_tests dev/test/gpu_program_tests.sh
 
 ladders: check-nvcc $(LADDERS)  ## build every kernel's ladder (dev/cuda), into build/cuda
 ladder: ladders  ## on a GPU: check and time every version of every kernel, and write the tables into dev/cuda/README.md
@@ -128,6 +128,8 @@ $(B)/test_stories.o: data/test_stories.cpp | $(B)
 	$(CXX) $(BASE) -O1 -c $< -o $@
 $(B)/layer_tests.o: dev/test/layer_tests.cpp | $(B)
 	$(CXX) $(BASE) $(FAST) -O2 -c $< -o $@
+$(B)/generate_tests.o: dev/test/generate_tests.cpp | $(B)
+	$(CXX) $(BASE) $(FAST) -O2 -c $< -o $@
 # float64, and without a BLAS: our own product gives the same bits for any number of threads, so that the layers can be asked for it too
 $(B)/layer_tests_f64.o: dev/test/layer_tests.cpp | $(B)
 	$(CXX) $(BASE) $(FAST) -O2 -DREAL=double -DNO_CBLAS -c $< -o $@
@@ -146,7 +148,9 @@ $(CU)/test_gpt2.o: test_gpt2.cpp | $(CU)
 	$(CXX) $(BASE) -O1 -DTEST_GPU -c $< -o $@
 $(CU)/gpu_tests.o: dev/test/gpu_tests.cpp | $(CU)
 	$(CXX) $(BASE) $(FAST) -DNO_CBLAS -c $< -o $@
-$(CU)/gpu_tests: $(CU)/gpu_tests.o $(CU)/train_gpt2_bf16.o $(CU)/train_gpt2_float32.o $(B)/program.o
+$(CU)/generate_tests.o: dev/test/generate_tests.cpp | $(CU)
+	$(CXX) $(BASE) -O1 -DTEST_GPU -c $< -o $@
+$(CU)/gpu_tests $(CU)/generate_tests: $(CU)/%: $(CU)/%.o $(CU)/train_gpt2_bf16.o $(CU)/train_gpt2_float32.o $(B)/program.o
 	$(NVCC) $(GENCODE) $^ -o $@ $(CUDA_LIBS)
 $(CU)/bench.o: dev/cuda/bench.cpp | $(CU)
 	$(NVCC) $(NVCCFLAGS) -c $< -o $@
@@ -186,7 +190,7 @@ $(CU)/settings: FORCE | $(CU)
 	@echo '$(NVCC) $(NVCCFLAGS)' | cmp -s - $@ || echo '$(NVCC) $(NVCCFLAGS)' > $@
 $(CU)/train_gpt2_bf16.o $(CU)/train_gpt2_float32.o $(LADDERS): $(CU)/settings
 FORCE:
-OBJECTS := $(addprefix $(B)/,$(addsuffix .o,train_gpt2 test_gpt2 program bench stories test_stories layer_tests layer_tests_f64 unit_tests program_unit_tests))
+OBJECTS := $(addprefix $(B)/,$(addsuffix .o,train_gpt2 test_gpt2 program bench stories test_stories layer_tests layer_tests_f64 generate_tests unit_tests program_unit_tests))
 $(OBJECTS) $(patsubst $(B)/%,$(B)/asan/%,$(OBJECTS)): $(B)/settings
 
 # ---- the corpus: our own stories (data/stories.cpp) -----------------------------------------------------------------------------------------------

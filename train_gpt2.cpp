@@ -161,9 +161,10 @@ struct Gpt2 : Trainer {
     Tensors params, grads, moment1, moment2, acts, dacts;
     Arena params_memory, grads_memory, acts_memory;
     std::vector<Tensors> attn_params, attn_grads, attn_saved;  // each network layer's part of the lists
+    std::vector<int> saved_layers;
     RealVector scratch;
     std::vector<real> memory, memory_before;  // memories: (layer, lane, per_sequence); `before` is what the last pass started from
-    std::unique_ptr<StatePool<real>> pool;  // from the first sequence on
+    std::unique_ptr<StatePool<real>> pool;    // from the first sequence on
     TrainerOptions options;
 
     // What the last forward pass was given: backward goes on from it.
@@ -185,6 +186,7 @@ struct Gpt2 : Trainer {
             for (Tensors* t : {&grads, &moment1, &moment2})
                 for (size_t i = 0; i < t->data.size(); i++) memset(t->data[i], 0, t->specs[i].size() * sizeof(real));
         }
+        saved_layers = find_saved_layers();
         allocate_activations();
         if (o.plan_only) return;
         for (int l = 0; l < c.layers; l++) {
@@ -205,11 +207,15 @@ struct Gpt2 : Trainer {
     }
 
     // Backward needs every layer's activations; without it one layer's worth serves all layers whose attention saves the same.
-    int saved_layer(int l) const {
-        if (options.training) return l;
-        for (int k = 0; k < l; k++)
-            if (attention_string(config.attention[k]) == attention_string(config.attention[l])) return k;
-        return l;
+    int saved_layer(int l) const { return saved_layers[l]; }
+    std::vector<int> find_saved_layers() const {
+        std::vector<int> list;
+        for (int l = 0; l < config.layers; l++) {
+            int k = options.training ? l : 0;
+            while (k < l && attention_string(config.attention[k]) != attention_string(config.attention[l])) k++;
+            list.push_back(k);
+        }
+        return list;
     }
 
     void allocate_activations() {
@@ -433,7 +439,7 @@ struct Gpt2 : Trainer {
     void extend(const Batch& b, const std::vector<int>& sequences, float* last_logits) override {
         int64_t N = (int64_t)b.tokens.size(), C = config.channels, V = config.vocab_size, kv_tokens = 0;
         int S = b.num_seqs();
-        assert(N <= options.max_tokens && (int)sequences.size() == S);
+        check_extend(b, sequences, options.max_tokens, config.vocab_size);
         batch = b;
         batch.memory_from.clear();
         batch.memory_to.clear();

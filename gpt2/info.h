@@ -6,6 +6,7 @@
 #include <string>
 
 #include "config.h"
+#include "generate.h"
 #include "options.h"
 #include "tokenizer.h"
 #include "trainer.h"
@@ -21,6 +22,10 @@ inline std::string bytes_text(double bytes) {
     int unit = 0;
     for (; bytes >= 1000 && unit < 4; unit++) bytes /= 1000;
     return format(unit ? "%.2f %s" : "%.0f %s", bytes, units[unit]);
+}
+
+inline std::string state_bytes_text(const StateBytes& s) {
+    return bytes_text((double)s.token) + " a token, and " + bytes_text((double)s.sequence) + " a sequence";
 }
 
 inline void print_tensors(const Tensors& parameters) {
@@ -46,13 +51,7 @@ inline int print_info(Options o) {
     print_tensors(trainer->parameters());
 
     printf("\nlayers:\n");
-    AttentionStateSize state = {0, 0};
-    for (const AttentionConfig& a : c.attention) {
-        AttentionStateSize s = attention_description(a.name).state(a);
-        state.per_token += s.per_token;
-        state.per_sequence += s.per_sequence;
-        printf("  %d: %s\n", a.layer, attention_string(a).c_str());
-    }
+    for (const AttentionConfig& a : c.attention) printf("  %d: %s\n", a.layer, attention_string(a).c_str());
     int64_t padding = (int64_t)(c.padded_vocab_size - c.vocab_size) * c.channels, total = trainer->parameters().size();
     double forward = model_flops(c, (double)o.seq);
     printf("\n%-34s %s\n", "positions", positions_names[(int)c.positions]);
@@ -63,9 +62,8 @@ inline int print_info(Options o) {
     printf("%-34s %s\n", "of gradients and moments", bytes_text((double)trainer->gradient_bytes()).c_str());
     printf("%-34s %s, training on %lld x %lld tokens\n", "of activations", bytes_text((double)trainer->activation_bytes()).c_str(), (long long)o.batch,
            (long long)o.seq);
-    // Rows of tokens are stored in the working type, memories always in float32.
-    double token = (trainer_on_gpu() && o.dtype == "bf16" ? 2.0 : 4.0) * (double)state.per_token, sequence = 4.0 * (double)state.per_sequence;
-    printf("%-34s %s a token, and %s a sequence\n", "decode state", bytes_text(token).c_str(), bytes_text(sequence).c_str());
-    printf("%-34s %s\n", "", format("%s for a sequence of %d tokens", bytes_text(token * c.max_seq + sequence).c_str(), c.max_seq).c_str());
+    StateBytes state = decode_state_bytes(c, o.dtype);
+    printf("%-34s %s\n", "decode state", state_bytes_text(state).c_str());
+    printf("%-34s %s for a sequence of %d tokens\n", "", bytes_text((double)state.token * c.max_seq + (double)state.sequence).c_str(), c.max_seq);
     return 0;
 }

@@ -49,8 +49,8 @@ struct Options {
 
     // a trained model
     std::string checkpoint, prompt, prompts, stop;
-    bool recall = false, jsonl = false;
-    int64_t tokens = 256, top_k = 0, samples = 1, parallel = 64;
+    bool recall = false, jsonl = false, interactive = false, endless = false;
+    int64_t tokens = 256, top_k = 0, samples = 1, parallel = 64, window = 0, page_size = 64, pages = 0;
     double temperature = 0.8, top_p = 1, min_p = 0, repetition_penalty = 1;
 
     bool is_given(const char* name) const { return given.count(name) > 0; }
@@ -74,6 +74,13 @@ constexpr struct {
     {GENERATE, "generate", "write text with a trained model: the text goes to standard output, everything else to standard error"},
     {INFO, "info", "what a model would be: its tensors, FLOPs and memory; nothing is trained"},
 };
+
+constexpr unsigned LAYER_OPTIONS = TRAIN | INFO;  // the commands that know the options of the attention layers
+inline unsigned command_bit(const Options& o) {
+    for (const auto& c : commands)
+        if (o.command == c.name) return c.bit;
+    return 0;
+}
 
 // What an option means to a run that is resumed: MODEL and RUN must be as they were, since the losses depend on them; FREE may change.
 enum class Role { MODEL, RUN, FREE };
@@ -172,10 +179,16 @@ inline const std::vector<OptionSpec>& option_specs() {
         {"recall", EVAL, FREE, &O::recall, 0, 0, "answer the questions beside the text (X.questions.jsonl), or --data itself if it is such a file"},
         {"prompt", GENERATE, FREE, &O::prompt, 0, 0, "text to go on from", "none"},
         {"prompts", GENERATE, FREE, &O::prompts, 0, 0, "a file with a prompt a line; -: standard input", "none"},
+        {"interactive", GENERATE, FREE, &O::interactive, 0, 0, "a conversation: the model goes on behind each line of standard input; an empty line ends it"},
         {"samples", GENERATE, FREE, &O::samples, 1, 1e6, "texts for each prompt"},
         {"parallel", GENERATE, FREE, &O::parallel, 1, 512, "texts written at the same time"},
+        {"window", GENERATE, FREE, &O::window, 0, MANY,
+         "a token sees so many, with itself, and memory stays as it is however long the text (not with learned positions); 0: all"},
+        {"page-size", GENERATE, FREE, &O::page_size, 1, 1024, "tokens in a page of the memory for states"},
+        {"pages", GENERATE, FREE, &O::pages, 0, MANY, "pages at most, of all texts together; where they run out, the last texts wait; 0: what memory takes"},
         {"jsonl", GENERATE, FREE, &O::jsonl, 0, 0, "a line of JSON for each text, as they end: prompt and sample (from 0), text, why it ended"},
         {"tokens", GENERATE, FREE, &O::tokens, 0, MANY, "write at most so many"},
+        {"endless", GENERATE, FREE, &O::endless, 0, 0, "where the model ends a text, the next one follows"},
         {"stop", GENERATE, FREE, &O::stop, 0, 0, "end a text before this", "nothing"},
         {"temperature", GENERATE, FREE, &O::temperature, 0, 100, "0: always the likeliest token"},
         {"top-k", GENERATE, FREE, &O::top_k, 0, MANY, "choose among the k likeliest tokens; 0: all"},
@@ -351,7 +364,7 @@ inline void declare_options(CLI::App& app, Command command, std::map<std::string
     }
     app.allow_extras();  // so that we can name what is not known
     app.get_formatter()->column_width(24);
-    if (!(command & (TRAIN | INFO))) return;
+    if (!(command & LAYER_OPTIONS)) return;
     for (const auto& [name, f] : attention_flags()) {
         CLI::Option* option = app.add_option("--" + name, texts[name], f.help + default_text(f.initial));
         option->type_name("VALUE")->group("Attention layers")->multi_option_policy(CLI::MultiOptionPolicy::TakeLast);
@@ -360,11 +373,12 @@ inline void declare_options(CLI::App& app, Command command, std::map<std::string
 
 // What was typed goes over what the options hold so far.
 inline void apply_given(Options& o) {
-    std::map<std::string, AttentionFlag> layer_options = attention_flags();
+    std::map<std::string, AttentionFlag> layer_options;
+    if (command_bit(o) & LAYER_OPTIONS) layer_options = attention_flags();
     for (const auto& [name, text] : o.given)
         if (layer_options.count(name)) o.attention_options[name] = text;
     for (const OptionSpec& s : option_specs())
-        if (o.is_given(s.name)) set_option(o, s, o.given.at(s.name));
+        if ((s.commands & command_bit(o)) && o.is_given(s.name)) set_option(o, s, o.given.at(s.name));
 }
 
 // What CLI11 could not place. Its own message would list everything in reverse.

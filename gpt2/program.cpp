@@ -37,9 +37,15 @@ static LoadedModel load_trained(const Options& o, int64_t min_tokens) {
     if (config.vocab_size != m.tokenizer.vocab_size)
         data_error("'%s': the model's vocabulary of %d is not the tokenizer's; take another checkpoint", path.c_str(), config.vocab_size);
     if (m.state.seq > config.max_seq) data_error("'%s': seq is longer than the model's longest sequence; take another checkpoint", path.c_str());
+    if (o.window > 0 && config.positions == Positions::LEARNED)
+        usage_error("--window %lld: the model's %d positions are learned, and no window slides beyond them: leave it out, or train with --positions rope",
+                    (long long)o.window, config.max_seq);
     TrainerOptions t;
     t.training = false;
     t.dtype = o.dtype;
+    t.page_size = (int)o.page_size;
+    t.pages = o.pages;
+    t.window = o.window;
     t.max_tokens = std::max<int64_t>(min_tokens, config.max_seq);
     m.trainer = make_trainer(config, t);
     load_model(directory, *m.trainer);
@@ -87,37 +93,50 @@ static std::vector<std::string> read_lines(const std::string& path) {
     return lines;
 }
 
-static const char* stop_text(Stop stop) {
-    return stop == Stop::END_OF_TEXT ? "end of text" : stop == Stop::TEXT ? "stop" : stop == Stop::POSITIONS ? "positions" : "tokens";
+static void print(const std::string& text) {
+    if (fwrite(text.data(), 1, text.size(), stdout) != text.size() || fflush(stdout) != 0) data_error("cannot write to standard output: %s", strerror(errno));
+}
+
+static std::string memory_is_full(const Options& o, const ModelConfig& c, const GenerateStats& stats) {
+    const char* window = c.positions == Positions::LEARNED ? "" : o.window > 0 ? ", or a smaller --window" : ", or a --window that slides";
+    return format("the state is full: %lld page%s of %lld tokens; give more --pages%s", (long long)stats.pages, stats.pages == 1 ? "" : "s",
+                  (long long)o.page_size, window);
+}
+
+// How MLA layers go about new tokens: the choice is made at each call, from their number and that of the tokens before them (mla_form in attention.h).
+static void print_mla_forms(const ModelConfig& config) {
+    std::string last;
+    for (const AttentionConfig& a : config.attention) {
+        if (a.name != "mla") continue;
+        double most = std::ceil(mla_crossover(MlaShape(a))) - 1;
+        std::string text = std::isinf(most) ? "whatever follows absorbed"
+                           : most < 1       ? "whatever follows, too"
+                                            : format("behind a long past up to %.0f new tokens at once absorbed, more un-absorbed", most);
+        if (text != last) fprintf(stderr, "mla: the beginning un-absorbed; %s\n", text.c_str());
+        last = text;
+    }
+}
+
+static void print_statistics(const Options& o, const ModelConfig& config, const GenerateStats& stats) {
+    auto rate = [](int64_t tokens, double seconds) { return seconds > 0 ? (double)tokens / seconds : 0; };
+    std::string put_back = stats.put_back ? format(" | put back to wait %lld times", (long long)stats.put_back) : "";
+    fprintf(stderr, "prefill %lld tokens, %.0f tokens/s | decode %lld tokens, %.0f tokens/s | state %s: %s%s\n", (long long)stats.prefill_tokens,
+            rate(stats.prefill_tokens, stats.prefill_seconds), (long long)stats.decode_tokens, rate(stats.decode_tokens, stats.decode_seconds),
+            bytes_text((double)stats.state_bytes).c_str(), state_bytes_text(decode_state_bytes(config, o.dtype)).c_str(), put_back.c_str());
 }
 
 // A single text is streamed. Of several, the first that has not ended is, and the others follow in their order; as JSON they come as they end.
-static int generate_text(const Options& o) {
-    constexpr int64_t chunk = 512;
-    if (o.is_given("prompt") && o.is_given("prompts")) usage_error("--prompt and --prompts are both given: give one of them");
-    std::vector<std::string> prompts = o.is_given("prompts") ? read_lines(o.prompts) : std::vector<std::string>{o.prompt};
-    LoadedModel m = load_trained(o, chunk);
+// Texts that do not fit into memory are cut short, and said to be; if not even one could begin, the exit status says so.
+static int write_texts(const Options& o, LoadedModel& m, const GenerateOptions& g, const std::vector<std::string>& prompts) {
     std::vector<Request> requests;
     for (const std::string& prompt : prompts) {
         requests.push_back({{m.tokenizer.end_of_text}, (int)o.samples});
         for (int token : m.tokenizer.encode(prompt)) requests.back().prompt.push_back(token);
     }
-    GenerateOptions g;
-    g.sampler = {o.temperature, o.top_k, o.top_p, o.min_p, o.repetition_penalty};
-    g.seed = (uint64_t)o.seed;
-    g.tokens = o.tokens;
-    g.max_chunk = chunk;
-    g.max_sequences = o.parallel;
-    g.stop = o.stop;
-
-    int texts = (int)(prompts.size() * o.samples), current = 0;
+    int texts = (int)(prompts.size() * o.samples), current = 0, cut = 0, empty = 0;
     std::vector<std::string> waiting(texts);  // what has been written of texts behind the current one
-    std::vector<bool> ended(texts);
+    std::vector<bool> begun(texts), ended(texts);
     Stop last = Stop::TOKENS;
-    auto print = [](const std::string& text) {
-        if (fwrite(text.data(), 1, text.size(), stdout) != text.size() || fflush(stdout) != 0)
-            data_error("cannot write to standard output: %s", strerror(errno));
-    };
     auto begin = [&](int text) {
         if (texts == 1 || o.jsonl) return;
         print(format("%s--- prompt %d, sample %d\n", text > 0 ? "\n" : "", text / (int)o.samples + 1, text % (int)o.samples + 1));
@@ -126,6 +145,7 @@ static int generate_text(const Options& o) {
     Generator generator(
         *m.trainer, m.tokenizer, g,
         [&](int text, const std::string& piece) {
+            begun[text] = true;
             if (o.jsonl || text != current)
                 waiting[text] += piece;
             else if (!piece.empty())
@@ -134,8 +154,11 @@ static int generate_text(const Options& o) {
         [&](int text, Stop stop) {
             last = stop;
             ended[text] = true;
+            cut += stop == Stop::MEMORY;
+            empty += stop == Stop::MEMORY && !begun[text];
             if (o.jsonl) {
-                nlohmann::ordered_json line = {{"prompt", text / o.samples}, {"sample", text % o.samples}, {"text", waiting[text]}, {"ended", stop_text(stop)}};
+                nlohmann::ordered_json line = {
+                    {"prompt", text / o.samples}, {"sample", text % o.samples}, {"text", waiting[text]}, {"ended", stop_names[(int)stop]}};
                 print(line.dump() + "\n");
                 return;
             }
@@ -148,13 +171,90 @@ static int generate_text(const Options& o) {
         });
     GenerateStats stats = generator.run(requests);
     if (isatty(STDOUT_FILENO) && !o.jsonl) fprintf(stderr, "\n");
-    if (texts == 1 && last == Stop::POSITIONS) fprintf(stderr, "stopped: all of the model's %d positions are used up\n", m.trainer->config.max_seq);
+    const ModelConfig& config = m.trainer->config;
+    if (empty == texts) data_error("no text could begin: %s", memory_is_full(o, config, stats).c_str());
+    if (cut > 0) fprintf(stderr, "stopped%s: %s\n", texts > 1 ? format(" %d of %d texts", cut, texts).c_str() : "", memory_is_full(o, config, stats).c_str());
+    if (texts == 1 && last == Stop::POSITIONS) fprintf(stderr, "stopped: all of the model's %d positions are used up\n", config.max_seq);
     if (texts == 1 && last == Stop::END_OF_TEXT) fprintf(stderr, "stopped: the model ended its text\n");
-    auto rate = [](int64_t tokens, double seconds) { return seconds > 0 ? (double)tokens / seconds : 0; };
-    fprintf(stderr, "prefill %lld tokens, %.0f tokens/s | decode %lld tokens, %.0f tokens/s | state %s\n", (long long)stats.prefill_tokens,
-            rate(stats.prefill_tokens, stats.prefill_seconds), (long long)stats.decode_tokens, rate(stats.decode_tokens, stats.decode_seconds),
-            bytes_text((double)stats.state_bytes).c_str());
+    print_statistics(o, config, stats);
     return 0;
+}
+
+// In a conversation ctrl-C ends the answer that is being written; behind that, and where none is, it ends the program as it would have without us.
+static volatile sig_atomic_t interrupted = 0, answering = 0;
+static void catch_interrupts() {
+    struct sigaction action = {};
+    action.sa_handler = [](int s) {
+        if (answering && !interrupted) {
+            interrupted = 1;
+        } else {
+            signal(s, SIG_DFL);
+            raise(s);
+        }
+    };
+    action.sa_flags = SA_RESTART;
+    sigaction(SIGINT, &action, nullptr);
+}
+
+// Each line goes behind what there is, and the model goes on behind it. A line begins on a line of its own: a line feed is put in where there is none.
+static int converse(const Options& o, LoadedModel& m, GenerateOptions g) {
+    const ModelConfig& config = m.trainer->config;
+    bool terminal = isatty(STDIN_FILENO);
+    Stop stop = Stop::TOKENS;
+    g.max_sequences = 1;
+    g.interrupted = &interrupted;
+    Generator generator(
+        *m.trainer, m.tokenizer, g, [&](int, const std::string& piece) { print(piece); }, [&](int, Stop why) { stop = why; });
+    Conversation conversation;
+    GenerateStats stats;
+    catch_interrupts();
+    while (stop != Stop::POSITIONS && stop != Stop::MEMORY) {
+        if (terminal) fprintf(stderr, "> ");
+        std::string line;
+        if (!std::getline(std::cin, line) || line.find_first_not_of(" \t\r") == std::string::npos) break;
+        Request turn;
+        turn.conversation = &conversation;
+        if (conversation.tokens.empty()) conversation.tokens = {m.tokenizer.end_of_text};
+        int before = conversation.tokens.back();
+        bool own_line = before == m.tokenizer.end_of_text || m.tokenizer.decode(before) == "\n";
+        try {
+            turn.prompt = m.tokenizer.encode(own_line ? line : "\n" + line);
+        } catch (const Error& e) {  // the next line may be better
+            fprintf(stderr, "error: %s\n", e.what());
+            continue;
+        }
+        interrupted = 0;
+        answering = 1;
+        stats = generator.run({turn});
+        answering = 0;
+        print("\n");
+    }
+    if (terminal && !std::cin) fprintf(stderr, "\n");
+    if (std::cin.bad()) data_error("cannot read standard input: %s", strerror(errno));
+    if (stop == Stop::POSITIONS) fprintf(stderr, "stopped: all of the model's %d positions are used up\n", config.max_seq);
+    if (stop == Stop::MEMORY) fprintf(stderr, "stopped: %s\n", memory_is_full(o, config, stats).c_str());
+    print_statistics(o, config, stats);
+    return 0;
+}
+
+static int generate_text(const Options& o) {
+    constexpr int64_t chunk = 512;
+    if (o.is_given("prompt") && o.is_given("prompts")) usage_error("--prompt and --prompts are both given: give one of them");
+    for (const char* other : {"prompt", "prompts", "jsonl", "samples"})
+        if (o.interactive && o.is_given(other)) usage_error("--interactive and --%s are both given: give one of them", other);
+    std::vector<std::string> prompts = o.is_given("prompts") ? read_lines(o.prompts) : std::vector<std::string>{o.prompt};
+    LoadedModel m = load_trained(o, chunk);
+    print_mla_forms(m.trainer->config);
+    GenerateOptions g;
+    g.sampler = {o.temperature, o.top_k, o.top_p, o.min_p, o.repetition_penalty};
+    g.seed = (uint64_t)o.seed;
+    g.tokens = o.tokens;
+    g.max_chunk = chunk;
+    g.max_sequences = o.parallel;
+    g.window = o.window;
+    g.stop = o.stop;
+    g.endless = o.endless;
+    return o.interactive ? converse(o, m, g) : write_texts(o, m, g, prompts);
 }
 
 static int run_command(int argc, char** argv) {

@@ -5,7 +5,8 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <numeric>
+#include <cstring>
+#include <functional>
 #include <vector>
 
 #include "error.h"
@@ -35,33 +36,65 @@ inline double sampling_uniform(uint64_t seed, uint32_t sequence, uint64_t positi
 // Ties go to the lower id.
 inline int greedy_token(const float* logits, int vocab_size) { return (int)(std::max_element(logits, logits + vocab_size) - logits); }
 
-// `uniform` is in [0, 1); of the options all but the penalty. Equal logits rank by id, so that the result is a function of the arguments alone.
-inline int sample_token(const float* logits, int vocab_size, const SamplerOptions& o, double uniform) {
-    for (int i = 0; i < vocab_size; i++)
-        if (!std::isfinite(logits[i])) data_error("the model's logits are not finite: its training diverged; take an earlier checkpoint");
-    if (o.temperature == 0) return greedy_token(logits, vocab_size);
+// exp(z) for z <= 0, rounded to a multiple of 2⁻³⁶: sums of up to 2¹⁷ of them are exact, so that no order of summation, no number of threads and no GPU
+// (gpt2/cuda/sampler.cuh) draws another token. What is less than 7e-12 times as probable as the likeliest token is never drawn.
+constexpr double sampling_weight_unit = 1.0 / ((int64_t)1 << 36), sampling_weight_zero = -26;  // exp(−26) < 2⁻³⁷
+inline double sampling_weight(double z) {
+    return z < sampling_weight_zero ? 0 : (double)(int64_t)(std::exp(z) / sampling_weight_unit + 0.5) * sampling_weight_unit;
+}
 
-    std::vector<int> ids(vocab_size);
-    std::iota(ids.begin(), ids.end(), 0);
-    bool cut_k = o.top_k > 0 && o.top_k < vocab_size, cut_p = o.top_p<1, cut_min = o.min_p> 0;
-    if (cut_k || cut_p || cut_min) {  // the likeliest first
-        auto likelier = [&](int a, int b) { return logits[a] != logits[b] ? logits[a] > logits[b] : a < b; };
-        size_t kept = cut_k ? (size_t)o.top_k : ids.size();
-        std::partial_sort(ids.begin(), ids.begin() + kept, ids.end(), likelier);
-        ids.resize(kept);
+// A number that is the larger the likelier the token is; of equal logits (−0 and 0 are) the lower id comes first.
+inline uint64_t sampling_rank(float logit, int id) {
+    uint32_t bits;
+    memcpy(&bits, &logit, sizeof bits);
+    if (bits == 0x80000000) bits = 0;
+    bits ^= bits >> 31 ? 0xffffffff : 0x80000000;
+    return (uint64_t)bits << 32 | (0xffffffff - (uint32_t)id);
+}
+
+// `uniform` is in [0, 1); of the options all but the penalty. The draw goes along the tokens that the cuts leave in the order of their ids. The result is a
+// function of the arguments alone.
+inline int sample_token(const float* logits, int vocab_size, const SamplerOptions& o, double uniform) {
+    bool finite = true;
+    for (int i = 0; i < vocab_size; i++) finite &= std::isfinite(logits[i]) != 0;
+    if (!finite) data_error("the model's logits are not finite: its training diverged; take an earlier checkpoint");
+    int token = greedy_token(logits, vocab_size);
+    if (o.temperature == 0) return token;
+    double largest = logits[token];
+    auto weight = [&](int i) { return sampling_weight((logits[i] - largest) / o.temperature); };
+
+    bool cut_k = o.top_k > 0 && o.top_k < vocab_size, cut_p = o.top_p < 1;
+    uint64_t least = 0;  // the rank of the least likely token kept
+    if (cut_k || cut_p) {
+        std::vector<uint64_t> ranks(vocab_size);
+        for (int i = 0; i < vocab_size; i++) ranks[i] = sampling_rank(logits[i], i);
+        if (cut_k) {
+            std::partial_sort(ranks.begin(), ranks.begin() + o.top_k, ranks.end(), std::greater<>());
+            ranks.resize(o.top_k);
+            least = ranks.back();
+        }
+        if (cut_p) {  // the likeliest come off a heap one by one
+            auto weight_of_rank = [&](uint64_t rank) { return weight((int)(0xffffffff - (uint32_t)rank)); };
+            double sum = 0, kept = 0;
+            for (uint64_t rank : ranks) sum += weight_of_rank(rank);
+            std::make_heap(ranks.begin(), ranks.end());
+            do {
+                std::pop_heap(ranks.begin(), ranks.end());
+                least = ranks.back();
+                ranks.pop_back();
+                kept += weight_of_rank(least);
+            } while (kept < o.top_p * sum);
+        }
     }
-    float largest = *std::max_element(logits, logits + vocab_size);
-    std::vector<double> cumulative(ids.size());
+    std::vector<double> weights(vocab_size);
     double sum = 0;
-    for (size_t i = 0; i < ids.size(); i++) cumulative[i] = sum += std::exp(((double)logits[ids[i]] - largest) / o.temperature);
-    size_t kept = ids.size();
-    if (cut_p) {
-        kept = std::lower_bound(cumulative.begin(), cumulative.end(), o.top_p * sum) - cumulative.begin() + 1;
-        kept = std::min(kept, ids.size());
+    for (int i = 0; i < vocab_size; i++) {
+        if (least > 0 && sampling_rank(logits[i], i) < least) continue;
+        double w = weight(i);
+        if (w >= o.min_p) sum += weights[i] = w;
     }
-    // The likeliest has weight 1.
-    while (cut_min && kept > 1 && std::exp(((double)logits[ids[kept - 1]] - largest) / o.temperature) < o.min_p) kept--;
-    double target = uniform * cumulative[kept - 1];
-    size_t i = std::upper_bound(cumulative.begin(), cumulative.begin() + kept, target) - cumulative.begin();
-    return ids[std::min(i, kept - 1)];
+    double target = uniform * sum, cumulative = 0;
+    for (int i = 0; i < vocab_size && cumulative <= target; i++)
+        if (weights[i] > 0) cumulative += weights[token = i];
+    return token;  // if uniform has been rounded to 1: the last that can be drawn
 }

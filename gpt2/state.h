@@ -132,10 +132,12 @@ struct StatePool {
         if (!has_pages() || n == 0) return 0;
         return (q.length + n + page_size - 1) / page_size - (int64_t)q.pages.size() + shares_last(q);
     }
-    // Pages for n more tokens of sequence s, which must be left.
+    // Pages for n more tokens of sequence s, which must be left: ask before.
     void reserve(int s, int64_t n) {
         Sequence& q = sequences[s];
-        assert(pages_wanted(s, n) <= pages_left());
+        if (pages_wanted(s, n) > pages_left())
+            data_error("the state is full: %lld more pages are wanted, %lld of %lld are left; give more --pages", (long long)pages_wanted(s, n),
+                       (long long)pages_left(), (long long)capacity);
         if (!has_pages() || n == 0) return;
         if (shares_last(q)) {
             int copy = take_page(), shared = q.pages.back();

@@ -23,6 +23,19 @@ struct Batch {
     int num_seqs() const { return (int)cu_seqlens.size() - 1; }
 };
 
+// Refuses what would write where other sequences' tokens stand. extend() takes nothing else.
+inline void check_extend(const Batch& b, const std::vector<int>& sequences, int64_t max_tokens, int vocab_size) {
+    size_t n = b.tokens.size();
+    bool ordered = !b.cu_seqlens.empty() && b.cu_seqlens[0] == 0 && b.cu_seqlens.back() == (int64_t)n;
+    for (size_t s = 1; s < b.cu_seqlens.size(); s++) ordered = ordered && b.cu_seqlens[s - 1] <= b.cu_seqlens[s];
+    if (!ordered) data_error("the offsets of a batch decrease, or do not go from 0 to its %zu tokens: count the tokens of each sequence again", n);
+    if (sequences.size() != b.cu_seqlens.size() - 1)
+        data_error("%zu sequences are given tokens for %zu: give each its own", sequences.size(), b.cu_seqlens.size() - 1);
+    if ((int64_t)n > max_tokens) data_error("%zu tokens are more than the %lld that the trainer takes at once: give them in pieces", n, (long long)max_tokens);
+    for (int t : b.tokens)
+        if (t < 0 || t >= vocab_size) data_error("token %d is outside the vocabulary of %d: take the model's own tokenizer", t, vocab_size);
+}
+
 // How one forward pass is meant.
 struct Pass {
     bool training = false;  // keep what backward needs, apply dropout; backward() may follow
@@ -40,8 +53,8 @@ struct AdamW {
 
 // A token to be drawn from the logits of a sequence.
 struct Draw {
-    int sequence;                                // which of those that extend() is given
-    double uniform;                              // in [0, 1)
+    int sequence;                                 // which of those that extend() is given
+    double uniform;                               // in [0, 1)
     const std::vector<int>* penalised = nullptr;  // repetitions, each once, or null: none
 };
 
@@ -99,11 +112,11 @@ struct Trainer {
     // Appends new tokens to sequences that are being decoded: `batch.cu_seqlens` packs q_len >= 0 tokens for each of `sequences`; writes the
     // logits of each sequence's last new token, (num_seqs, vocab_size).
     virtual void extend(const Batch& batch, const std::vector<int>& sequences, float* last_logits) = 0;
-    // As extend(), which computes the logits, and a token for each of `draws` from them.
+    // As extend(), and a token for each of `draws` from the logits, which nobody computes if there are none.
     virtual std::vector<int> extend_and_draw(const Batch& batch, const std::vector<int>& sequences, const SamplerOptions& o, const std::vector<Draw>& draws) {
         const size_t V = config.vocab_size;
         logits.resize(sequences.size() * V);
-        extend(batch, sequences, logits.data());
+        extend(batch, sequences, draws.empty() ? nullptr : logits.data());
         std::vector<int> tokens;
         std::vector<float> own_row;  // other draws may read the same
         for (const Draw& d : draws) {
@@ -117,8 +130,8 @@ struct Trainer {
         }
         return tokens;
     }
-    virtual int new_sequence() = 0;        // an empty one; its number is valid until free_sequence
-    virtual int fork_sequence(int s) = 0;  // another with the same past, in the same pages until they part
+    virtual int new_sequence() = 0;                                // an empty one; its number is valid until free_sequence
+    virtual int fork_sequence(int s) = 0;                          // another with the same past, in the same pages until they part
     virtual int copy_sequence(int s) { return fork_sequence(s); }  // another with the same past, in pages of its own where there are any (benchmarks)
     virtual void free_sequence(int s) = 0;
     virtual size_t state_bytes() = 0;  // what all living sequences hold

@@ -270,7 +270,9 @@ generate --min-p 1 >g7.txt
 expect "min-p 1 is greedy" cmp -s g4.txt g7.txt
 generate --temperature 0 --repetition-penalty 100 >g7.txt
 expect "a penalty changes the text" eval '! cmp -s g4.txt g7.txt'
-expect "says how fast it was" grep -Eq "^prefill [0-9]+ tokens, [0-9]+ tokens/s \| decode [0-9]+ tokens, [0-9]+ tokens/s \| state [0-9.]+ [KM]B$" err.txt
+expect "says how fast it was" grep -Eq "^prefill 8 tokens, [0-9]+ tokens/s \| decode [0-9]+ tokens, [0-9]+ tokens/s \| state [0-9.]+ [KM]B: .* a token, and .* a sequence$" err.txt
+state=$(grep -o "[0-9.]* [a-zA-Z]* a token, and [0-9.]* [a-zA-Z]* a sequence" err.txt)
+expect "state bytes are those of info" eval '"$program" info "${small[@]:0:8}" | grep -q "decode state  *$state"'
 generate --temperature 0 --stop "$(cut -c 5-7 g4.txt | head -1)" >g7.txt
 expect "it stops" [ "$(wc -c <g7.txt)" -lt "$(wc -c <g4.txt)" ]
 printf 'the cat\nthe key\nthe' >prompts.txt
@@ -283,6 +285,34 @@ error "no such prompts" 3 "cannot read 'nowhere.txt'" generate --checkpoint a --
 error "no prompts" 3 "no prompt in 'none.txt'" generate --checkpoint a --prompts none.txt
 error "two kinds of prompts" 2 "--prompt and --prompts" generate --checkpoint a --prompt x --prompts prompts.txt
 error "no samples" 2 "--samples is '0'" generate --checkpoint a --samples 0
+
+# Pages: the same texts however few there are; texts that fit into none end, and say so.
+many() { "$program" generate --checkpoint a --prompts prompts.txt --samples 3 --tokens 20 --seed 1 --page-size 4 "$@" 2>err.txt; }
+many >plenty.txt; many --pages 9 >few.txt
+expect "texts that had to wait are the same" cmp -s plenty.txt few.txt
+expect "and it says that they had to" grep -Eq "\| put back to wait [1-9][0-9]* times$" err.txt
+many --pages 4 >few.txt; status=$?
+expect "texts cut short: 0" [ $status -eq 0 ]
+expect "texts cut short are named" grep -Eq "^stopped [1-9] of 9 texts: the state is full: 4 pages of 4 tokens; give more --pages$" err.txt
+"$program" generate --checkpoint a --prompts prompts.txt --page-size 3 --pages 1 --jsonl --tokens 5 >few.jsonl 2>err.txt
+expect "as JSON too" [ "$(grep -c '"text":"","ended":"memory"' few.jsonl)" -eq 3 ]
+error "no text fits" 3 "no text could begin: the state is full: 1 page of 4 tokens; give more --pages" generate --checkpoint a --prompt "the key" --page-size 4 --pages 1
+error "page size 0" 2 "--page-size is '0'" generate --checkpoint a --page-size 0
+
+# Conversations.
+printf 'the key\n, a\n\nbehind the end' | "$program" generate --checkpoint a --interactive --tokens 6 --temperature 0 >answers.txt 2>err.txt; status=$?
+expect "nothing is read twice" grep -Eq "^prefill (12|13) tokens" err.txt  # the end of text, 7 bytes, the answer's last, a line feed unless it is one, 3 bytes
+first=$(generate --tokens 6 --temperature 0; printf .); first=${first%.}
+case $first in *$'\n') line=', a' ;; *) line=$'\n, a' ;; esac
+second=$(generate --tokens 6 --temperature 0 --prompt "the key$first$line"; printf .); second=${second%.}
+expect "a conversation ends with 0" [ $status -eq 0 ]
+expect "its answers are those of one text" [ "$(cat answers.txt; printf .)" = "$first"$'\n'"$second"$'\n.' ]
+printf 'the key is in the box\nand on\n' | "$program" generate --checkpoint a --interactive --tokens 6 >answers.txt 2>err.txt; status=$?
+expect "the end of the positions ends it" [ $status -eq 0 -a "$(grep -c '32 positions are used up' err.txt)" -eq 1 ]
+for other in "--prompt x" "--prompts prompts.txt" "--jsonl" "--samples 2"; do
+    # shellcheck disable=SC2086
+    error "interactive with $other" 2 "--interactive and ${other%% *} are both given" generate --checkpoint a --interactive $other
+done
 for seed in 1 2 3 4 5 6; do generate --temperature 50 --tokens 20 --seed $seed >g.txt; expect "valid UTF-8" iconv -f utf8 -t utf8 g.txt -o /dev/null; done
 good "tokens 0" generate --checkpoint a --tokens 0
 expect "writes nothing" [ ! -s out.txt ]
@@ -292,6 +322,46 @@ error "a prompt beyond the positions" 2 "positions: shorten --prompt" generate -
 good "rotary positions go on" "${run[@]}" --positions rope --steps 1 --out rope
 good "rotary positions go on" generate --checkpoint rope --tokens 100 --temperature 0
 expect "for a hundred tokens" [ "$(wc -c <out.txt)" -ge 100 -o -n "$(grep ended err.txt)" ]
+long=(--tokens 100 --temperature 0 --prompt "the key" --repetition-penalty 0.5)  # never an end of text
+good "texts without end" generate --checkpoint rope --tokens 3000 --temperature 50 --endless --window 40
+expect "go on behind an end" eval '[ "$(grep -aoF "<|endoftext|>" out.txt | wc -l)" -ge 2 ] && ! grep -q stopped err.txt'
+good "to the end of the memory" generate --checkpoint rope "${long[@]}" --page-size 4 --pages 5
+expect "which is named" grep -q "^stopped: the state is full: 5 pages of 4 tokens; give more --pages, or a --window that slides$" err.txt
+good "with a window beyond it" generate --checkpoint rope "${long[@]}" --page-size 4 --pages 5 --window 13
+expect "nothing stops it" eval '! grep -q "state is full" err.txt'
+good "a window that is too large" generate --checkpoint rope "${long[@]}" --page-size 4 --pages 5 --window 33
+expect "is named" grep -q "5 pages of 4 tokens; give more --pages, or a smaller --window$" err.txt
+error "a window over learned positions" 2 "--window 8: the model's 32 positions are learned.*--positions rope" generate --checkpoint a --window 8
+if "$program" train --help | grep -q "^ *--qk-rope-dim"; then
+    good "mla" "${run[@]}" --attention mla --steps 1 --out mla
+    good "mla" generate --checkpoint mla --tokens 3
+    expect "says in which form it attends" grep -q "^mla: the beginning un-absorbed; .*absorbed" err.txt
+    error "odd rotary part" 2 "qk-rope-dim.* 3" "${run[@]}" --attention mla --qk-rope-dim 3
+fi
+
+# ctrl-C ends an answer, and where none is being written the program. (A background job starts with it ignored.)
+mkfifo lines
+"$program" generate --checkpoint rope --interactive --temperature 0 --repetition-penalty 0.5 --tokens 2147483647 --page-size 16 --window 64 <lines >answers.txt 2>err.txt &
+talk=$!
+exec 3>lines
+grown() { local i; for i in $(seq 400); do [ "$(wc -c <answers.txt)" -gt "$1" ] && return; sleep 0.05; done; false; }
+echo the >&3
+expect "an answer begins" grown 20
+kill -INT $talk; sleep 0.3; size=$(wc -c <answers.txt); sleep 0.2
+expect "ctrl-C ends it" [ "$(wc -c <answers.txt)" -eq "$size" ]
+echo key >&3
+expect "the next line is answered" grown $((size + 20))
+kill -INT $talk; sleep 0.3; exec 3>&-; wait $talk; status=$?
+expect "the end of input ends the conversation" [ $status -eq 0 ]
+expect "nothing was read twice" grep -Eq "^prefill [89] tokens" err.txt
+"$program" generate --checkpoint rope --interactive --tokens 3 <lines >answers.txt 2>err.txt &
+talk=$!
+exec 3>lines
+echo the >&3
+expect "a short answer" grown 3
+sleep 0.3; kill -INT $talk; wait $talk; status=$?
+expect "ctrl-C ends the program where there is no answer" [ $status -eq 130 ]
+exec 3>&-
 good "a shard" train --data tokens.bin "${small[@]}" --channels 4 --layers 1 --steps 1 --batch 2 --out ids
 good "ids are written as numbers" generate --checkpoint ids --prompt "5 6 7" --tokens 4
 expect "ids" grep -Eq "^([0-9]+ )+$" out.txt
@@ -311,7 +381,7 @@ for command in train eval generate info; do
     done
 done
 expect "eval --help" [ "$(options eval | tr -d '\n')" = "--checkpoint--data--help--recall--threads" ]
-expect "generate --help" [ "$(options generate | tr -d '\n')" = "--checkpoint--help--jsonl--min-p--parallel--prompt--prompts--repetition-penalty--samples--seed--stop--temperature--threads--tokens--top-k--top-p" ]
+expect "generate --help" [ "$(options generate | tr -d '\n')" = "--checkpoint--endless--help--interactive--jsonl--min-p--page-size--pages--parallel--prompt--prompts--repetition-penalty--samples--seed--stop--temperature--threads--tokens--top-k--top-p--window" ]
 good "info" info
 expect "the published size" eval '"$program" info --preset gpt2-124M | grep -q "124,475,904"'  # 124,439,808 and 47 rows of padding
 good "info of the largest" info --preset gpt2-1558M

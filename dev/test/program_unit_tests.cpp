@@ -20,6 +20,7 @@
 #include "gpt2/run_directory.h"
 #include "gpt2/sampler.h"
 #include "gpt2/schedule.h"
+#include "gpt2/state.h"
 
 bool trainer_on_gpu() { return true; }  // whose options are the most
 
@@ -284,7 +285,11 @@ TEST_CASE("every number is refused beyond its range, and taken at its ends") {
 TEST_CASE("names are not declared twice, and layer options do not hide behind the program's") {
     std::map<std::string, unsigned> seen;
     for (const OptionSpec& s : option_specs()) CHECK(seen.emplace(s.name, s.commands).second);
-    for (const auto& f : attention_flags()) CHECK(!seen.count(f.first));
+    for (const auto& f : attention_flags()) CHECK((!seen.count(f.first) || !(seen[f.first] & LAYER_OPTIONS)));
+    // --window is a layer's option in training, and generate's own
+    Options train = parsed({"train", "--window", "3"}), generate = parsed({"generate", "--window", "5"});
+    CHECK((train.window == 0 && train.attention_options.at("window") == "3"));
+    CHECK((generate.window == 5 && generate.attention_options.empty()));
 }
 TEST_CASE("options that depend on others are settled") {
     Options o = parsed({"train", "--max-seq", "64", "--batch", "2", "--lr", "0.5"});
@@ -355,12 +360,15 @@ TEST_CASE("questions") {
     CHECK(s.skipped == 1);
 }
 
-// A trainer that knows the whole text by heart: the next token's id is the present one's plus one. Everything else about it is as simple as can be.
+// A trainer that knows the whole text by heart: the next token's id is the present one's plus one. Everything else about it is as simple as can be, but the
+// pages of its states are real: each token has a row, and what the trainer knows of the past it reads there.
 struct CountingTrainer : Trainer {
     Tensors none;
     std::vector<std::vector<int>> seen;  // the tokens of each extend()
     int64_t largest = 0;
-    CountingTrainer() {
+    StatePool<float> pool;
+    int64_t window;
+    explicit CountingTrainer(int page_size = 4, int64_t pages = 10000, int64_t window = 0) : pool({{1, 0}}, page_size, pages), window(window) {
         config.set_vocab(257);
         config.max_seq = 16;
     }
@@ -378,34 +386,57 @@ struct CountingTrainer : Trainer {
         return sum / (double)b.targets.size();
     }
     std::map<int, std::vector<int>> states;  // of the living sequences, what each has read
-    int created = 0;
-    size_t most = 0;  // living at the same time
+    size_t most = 0;                         // living at the same time
+    // Besides the next token another one is likely, whose id tells whether all of the past is right.
     void extend(const Batch& b, const std::vector<int>& sequences, float* logits) override {
         seen.push_back(b.tokens);
         REQUIRE(b.cu_seqlens.size() == sequences.size() + 1);
         CHECK((b.cu_seqlens.back() == (int)b.tokens.size() && b.targets.size() == b.tokens.size()));
         CHECK(std::set<int>(sequences.begin(), sequences.end()).size() == sequences.size());
         for (size_t s = 0; s < sequences.size(); s++) {
+            int n = b.cu_seqlens[s + 1] - b.cu_seqlens[s];
+            REQUIRE(n > 0);
             std::vector<int>& state = states.at(sequences[s]);
-            state.insert(state.end(), b.tokens.begin() + b.cu_seqlens[s], b.tokens.begin() + b.cu_seqlens[s + 1]);
-            write(state.back(), logits + 257 * s);
+            auto& q = pool.sequences[sequences[s]];
+            REQUIRE(pool.pages_wanted(sequences[s], n) <= pool.pages_left());
+            pool.reserve(sequences[s], n);
+            for (int i = b.cu_seqlens[s]; i < b.cu_seqlens[s + 1]; i++, q.length++) {
+                state.push_back(b.tokens[i]);
+                pool.page(q.pages[q.length / pool.page_size])[q.length % pool.page_size] = (float)b.tokens[i];
+            }
+            int64_t visible = window > 0 ? std::min(window, q.length) : q.length;
+            int sum = 0;
+            for (int64_t j = q.length - visible; j < q.length; j++) sum = (3 * sum + (int)pool.page(q.pages[j / pool.page_size])[j % pool.page_size]) % 257;
+            if (logits) {
+                write(state.back(), logits + 257 * s);
+                logits[257 * s + sum] += 5;
+            }
+            CHECK(q.past() == (int64_t)state.size());
+            if (window > 0) pool.slide(sequences[s], window);
         }
     }
     void initialise(uint64_t) override {}
     void backward() override {}
     double update(const AdamW&) override { return 0; }
     int new_sequence() override {
-        states[created];
+        int s = pool.create();
+        CHECK(states.emplace(s, std::vector<int>()).second);
         most = std::max(most, states.size());
-        return created++;
+        return s;
     }
-    int fork_sequence(int s) override {
-        int fork = new_sequence();
-        states[fork] = states.at(s);
-        return fork;
+    int fork_sequence(int from) override {
+        int s = pool.fork(from);
+        states[s] = states.at(from);
+        most = std::max(most, states.size());
+        return s;
     }
-    void free_sequence(int s) override { CHECK(states.erase(s) == 1); }
+    void free_sequence(int s) override {
+        CHECK(states.erase(s) == 1);
+        pool.release(s);
+    }
     size_t state_bytes() override { return 100 * states.size(); }
+    int64_t pages_left() override { return pool.pages_left(); }
+    int64_t pages_wanted(int s, int64_t tokens) override { return pool.pages_wanted(s, tokens); }
     const Tensors& parameters() override { return none; }
     void get(Section, int, float*) override {}
     void set(Section, int, const float*) override {}
@@ -472,6 +503,14 @@ TEST_CASE("generation: the prompt goes in chunks, the text comes out, and it sto
     CHECK(text.substr(0, 5) == "{|}~\x7f");
     CHECK(text.find("<|endoftext|>") == std::string::npos);
     text.clear();
+    g.endless = true;
+    g.tokens = 300;
+    CHECK(generate(trainer, bytes, {256, 'z'}, g, print) == Stop::TOKENS);
+    CHECK(trainer.seen.back() == std::vector<int>{('z' + 299) % 257});
+    CHECK(text.find("<|endoftext|>") != std::string::npos);
+    text.clear();
+    g.endless = false;
+    g.tokens = 1000;
     trainer.config.positions = Positions::LEARNED;  // 16 positions: prompt and new text but for the last token, which is never read
     CHECK(generate(trainer, bytes, {256, 'a'}, g, print) == Stop::POSITIONS);
     CHECK(text == "bcdefghijklmnop");
@@ -489,57 +528,296 @@ TEST_CASE("generation: the prompt goes in chunks, the text comes out, and it sto
     CHECK(generate(trainer, bytes, {256, 'a'}, g, print) == Stop::TOKENS);
     CHECK(text == "bcde");
 }
-TEST_CASE("many texts: each is what it is alone, in whatever company") {
+
+// What became of some requests.
+struct Written {
+    std::map<int, std::string> texts;
+    std::map<int, Stop> ended;
+    std::vector<int> order;  // of their ends
+    GenerateStats stats;
+};
+static GenerateOptions many_options(int64_t chunk, int64_t sequences, double temperature) {
+    GenerateOptions g;
+    g.sampler.temperature = temperature;
+    g.seed = 7;
+    g.tokens = 9;
+    g.max_chunk = chunk;
+    g.max_sequences = sequences;
+    g.stop = "z";
+    return g;
+}
+static Written written(CountingTrainer& trainer, const std::vector<Request>& requests, const GenerateOptions& g) {
+    trainer.config.positions = Positions::ROPE;
     Tokenizer bytes = make_tokenizer("bytes");
-    std::vector<Request> requests = {
+    Written w;
+    Generator generator(
+        trainer, bytes, g,
+        [&](int text, const std::string& piece) {
+            CHECK(!w.ended.count(text));
+            w.texts[text] += piece;
+        },
+        [&](int text, Stop why) {
+            CHECK(w.ended.emplace(text, why).second);
+            w.order.push_back(text);
+        });
+    w.stats = generator.run(requests);
+    size_t expected = 0;
+    for (const Request& r : requests) expected += (size_t)r.samples;
+    CHECK(w.ended.size() == expected);
+    if (g.max_sequences == 1) CHECK(std::is_sorted(w.order.begin(), w.order.end()));  // first come, first served
+    CHECK(trainer.states.empty());
+    CHECK(trainer.pool.pages_in_use() == 0);
+    CHECK(trainer.most <= (size_t)g.max_sequences);
+    CHECK(w.stats.state_bytes <= 100 * (size_t)g.max_sequences);
+    for (auto& call : trainer.seen) CHECK((int64_t)call.size() <= g.max_chunk);
+    return w;
+}
+static const std::vector<Request>& some_requests() {
+    static const std::vector<Request> requests = {
         {{256, 'a', 'b', 'c', 'd', 'e', 'f', 'g'}, 1}, {{256}, 2}, {{256, 'x', 'y'}, 3}, {{256, 'p'}, 1}, {{256, 'q', 'q', 'q', 'q', 'q'}, 5}};
-    auto texts = [&](CountingTrainer& trainer, const std::vector<Request>& some, int64_t chunk, int64_t sequences, double temperature) {
-        trainer.config.positions = Positions::ROPE;
-        GenerateOptions g;
-        g.sampler.temperature = temperature;
-        g.seed = 7;
-        g.tokens = 9;
-        g.max_chunk = chunk;
-        g.max_sequences = sequences;
-        g.stop = "z";
-        std::map<int, std::string> out;
-        std::map<int, int> ended;
-        std::vector<int> order;
-        Generator generator(
-            trainer, bytes, g, [&](int text, const std::string& piece) { out[text] += piece; },
-            [&](int text, Stop) {
-                ended[text]++;
-                order.push_back(text);
-            });
-        GenerateStats stats = generator.run(some);
-        size_t expected = 0;
-        for (const Request& r : some) expected += (size_t)r.samples;
-        CHECK((out.size() == expected && ended.size() == expected));
-        for (auto& [text, times] : ended) CHECK(times == 1);
-        if (sequences == 1) CHECK(std::is_sorted(order.begin(), order.end()));  // first come, first served
-        CHECK(trainer.states.empty());
-        CHECK(trainer.most <= (size_t)sequences);
-        CHECK(stats.state_bytes <= 100 * (size_t)sequences);
-        for (auto& call : trainer.seen) CHECK((int64_t)call.size() <= chunk);
-        return out;
-    };
+    return requests;
+}
+// Every text of these requests, written alone.
+static std::vector<std::string> alone(const std::vector<Request>& requests, double temperature, int64_t window = 0) {
+    std::vector<std::string> texts;
+    for (const Request& r : requests) {
+        CountingTrainer trainer(4, 10000, window);
+        for (auto& [number, text] : written(trainer, {r}, many_options(100, 100, temperature)).texts) texts.push_back(text);
+    }
+    return texts;
+}
+
+TEST_CASE("many texts: each is what it is alone, in whatever company") {
+    const std::vector<Request>& requests = some_requests();
     for (double temperature : {0.0, 4.0}) {
-        std::vector<std::string> alone;
-        for (const Request& r : requests) {
-            CountingTrainer trainer;
-            for (auto& [number, text] : texts(trainer, {r}, 100, 100, temperature)) alone.push_back(text);
-        }
-        if (temperature == 0) CHECK(alone[0] == "hijklmnop");
-        if (temperature > 0) CHECK(std::set<std::string>(alone.begin(), alone.end()).size() > 9);  // samples of a prompt differ
+        std::vector<std::string> expected = alone(requests, temperature);
+        if (temperature == 0) CHECK(expected[0] == "hijklmnop");
+        if (temperature > 0) CHECK(std::set<std::string>(expected.begin(), expected.end()).size() > 9);  // samples of a prompt differ
         for (int64_t chunk : {1, 2, 5, 100})
             for (int64_t sequences : {1, 2, 5, 100}) {
                 CountingTrainer trainer;
                 size_t i = 0;
-                for (auto& [number, text] : texts(trainer, requests, chunk, sequences, temperature)) CHECK(text == alone[i++]);
+                for (auto& [number, text] : written(trainer, requests, many_options(chunk, sequences, temperature)).texts) CHECK(text == expected[i++]);
+                CHECK(i == expected.size());
             }
     }
     CountingTrainer shared;  // the samples of a prompt read it once
-    texts(shared, {requests[4]}, 100, 100, 0);
+    written(shared, {requests[4]}, many_options(100, 100, 0));
     CHECK(shared.seen[0] == requests[4].prompt);
     CHECK(shared.seen[1].size() == 5);
+}
+TEST_CASE("out of pages: the last texts wait, nothing is lost, every text is what it would have been") {
+    const std::vector<Request>& requests = some_requests();
+    for (double temperature : {0.0, 4.0}) {
+        std::vector<std::string> expected = alone(requests, temperature);
+        int64_t put_back = 0;
+        for (int page_size : {1, 2, 4, 16})
+            for (int more : {0, 1, 3, 7})
+                for (int64_t chunk : {1, 5, 100})
+                    for (int64_t sequences : {1, 3, 100}) {
+                        int64_t longest = 8 + 8;  // rows: the longest prompt, and its text but for the last token
+                        CountingTrainer trainer(page_size, (longest + page_size - 1) / page_size + more);
+                        Written w = written(trainer, requests, many_options(chunk, sequences, temperature));
+                        size_t i = 0;
+                        for (auto& [number, text] : w.texts) CHECK(text == expected[i++]);
+                        CHECK(i == expected.size());
+                        for (auto& [number, why] : w.ended) CHECK(why != Stop::MEMORY);
+                        CHECK(w.stats.pages == trainer.pool.capacity);
+                        // A text that ends may call another one in, which is then put back once.
+                        CHECK(w.stats.put_back <= 2 * (int64_t)expected.size());
+                        if (sequences == 1) CHECK(w.stats.put_back == 0);
+                        put_back += w.stats.put_back;
+                    }
+        CHECK(put_back > 100);
+    }
+    // The oldest is never kept waiting: its tokens come one a call, whoever waits.
+    CountingTrainer trainer(1, 20);
+    Written w = written(trainer, {{{256, 'a'}, 1}, {{256, 'h'}, 1}, {{256, 'i'}, 1}}, many_options(100, 100, 0));
+    CHECK(w.stats.put_back > 0);
+    CHECK(w.order == std::vector<int>{0, 1, 2});
+    for (size_t call = 1; call <= 8; call++) CHECK(trainer.seen[call][0] == 'a' + (int)call);
+}
+TEST_CASE("who comes in has room to begin beside the others") {
+    GenerateOptions g = many_options(100, 4, 0);  // texts end before z
+    for (Request last : {Request{{256, 'u', 'v', 'w'}, 1}, Request{{256, 'w'}, 3}}) {
+        g.max_sequences = last.samples + 1;
+        // When the first one ends, the second has 4 of the 9 pages; the last wants 5, and the second one more.
+        CountingTrainer trainer(1, 9);
+        Written w = written(trainer, {{{256, 'w'}, 1}, {{256, 's'}, 1}, last}, g);
+        CHECK(w.stats.put_back == 0);
+        CHECK(w.order[1] == 1);
+        CountingTrainer larger(1, 10);
+        w = written(larger, {{{256, 'w'}, 1}, {{256, 's'}, 1}, last}, g);
+        CHECK(w.stats.put_back > 0);
+    }
+}
+TEST_CASE("what fits into no memory ends, and says so; the others do not care") {
+    GenerateOptions g = many_options(100, 100, 0);
+    std::vector<int> endless(30, 'c');
+    for (int64_t chunk : {1, 7, 100}) {
+        g.max_chunk = chunk;
+        CountingTrainer trainer(4, 5);
+        Written w = written(trainer, {{{256, 'a'}, 2}, {endless, 2}, {{256, 'd'}, 1}}, g);
+        CHECK(w.ended == std::map<int, Stop>{{0, Stop::TOKENS}, {1, Stop::TOKENS}, {2, Stop::MEMORY}, {3, Stop::MEMORY}, {4, Stop::TOKENS}});
+        CHECK(w.texts == std::map<int, std::string>{{0, "bcdefghij"}, {1, "bcdefghij"}, {4, "efghijklm"}});
+        g.tokens = 100;  // two texts that outgrow it: each comes as far as it would alone, and the token that is not read any more is written
+        CountingTrainer small(4, 3);
+        w = written(small, {{{256, 'A'}, 2}}, g);
+        CHECK(w.ended == std::map<int, Stop>{{0, Stop::MEMORY}, {1, Stop::MEMORY}});
+        CHECK(w.texts == std::map<int, std::string>{{0, "BCDEFGHIJKL"}, {1, "BCDEFGHIJKL"}});
+        CHECK(w.stats.pages == 3);
+        g.tokens = 9;
+    }
+}
+TEST_CASE("a window: texts without end in a few pages, prompts longer than the pages too") {
+    GenerateOptions g = many_options(16, 3, 4);
+    g.window = 10;
+    g.tokens = 500;
+    g.stop = "";
+    std::vector<Request> requests = {{{256, 'a'}, 2}, {std::vector<int>(300, 'c'), 1}, {{256, 'd'}, 3}};
+    auto texts = [&](int page_size, int64_t pages, int64_t chunk) {
+        g.max_chunk = chunk;
+        CountingTrainer trainer(page_size, pages, g.window);
+        Written w = written(trainer, requests, g);
+        for (auto& [number, why] : w.ended) CHECK((why == Stop::TOKENS || why == Stop::END_OF_TEXT));
+        return w.texts;
+    };
+    std::map<int, std::string> expected = texts(4, 10000, 16);
+    CHECK(std::set<std::string>{expected[0], expected[1], expected[2], expected[3], expected[4], expected[5]}.size() == 6);
+    for (int64_t chunk : {3, 16})
+        for (int64_t pages : {4, 6, 9, 14})
+            CHECK(texts(4, pages, chunk) == expected);  // 9 tokens behind the window's edge are in up to 3 pages, and one is written
+    CHECK(texts(1, 10, 16) == expected);
+    g.max_chunk = 3;
+    CountingTrainer trainer(4, 14, g.window);
+    written(trainer, {requests[0], requests[1]}, g);
+    CHECK(trainer.most == 3);  // a prompt of 300 tokens wants no more pages than its window does
+}
+TEST_CASE("a conversation reads on where it is, and its answers are those of one long text") {
+    Tokenizer bytes = make_tokenizer("bytes");
+    for (double temperature : {0.0, 4.0})
+        for (int64_t tokens : {0, 1, 5}) {
+            GenerateOptions g = many_options(4, 1, temperature);
+            g.tokens = tokens;
+            g.stop = "";
+            CountingTrainer trainer;
+            trainer.config.positions = Positions::ROPE;
+            Conversation c;
+            std::string answer;
+            Generator generator(
+                trainer, bytes, g, [&](int, const std::string& piece) { answer += piece; }, [](int, Stop) {});
+            std::vector<int> whole;
+            size_t read = 0;
+            for (std::vector<int> line : {std::vector<int>{256, 'a', 'b'}, {'x'}, {'p', 'q', 'r', 's', 't', 'u'}}) {
+                whole.insert(whole.end(), line.begin(), line.end());
+                answer.clear();
+                Request turn = {line, 1, &c};
+                generator.run({turn});
+                CountingTrainer other;
+                Written one = written(other, {{whole, 1}}, g);
+                CHECK(answer == one.texts[0]);
+                CHECK((tokens == 0 || answer.size() > 0));
+                whole = c.tokens;
+                CHECK(trainer.states.size() == 1);
+                CHECK(trainer.states.at(c.sequence) == std::vector<int>(whole.begin(), whole.begin() + c.read));
+                read = 0;
+                for (auto& call : trainer.seen) read += call.size();
+                CHECK(read == (size_t)c.read);  // nothing twice
+            }
+        }
+}
+TEST_CASE("a conversation at the end of its memory or positions, or interrupted") {
+    Tokenizer bytes = make_tokenizer("bytes");
+    GenerateOptions g = many_options(4, 1, 0);
+    g.stop = "";
+    volatile sig_atomic_t interrupted = 0;
+    g.interrupted = &interrupted;
+    CountingTrainer trainer(4, 5);
+    trainer.config.positions = Positions::ROPE;
+    Conversation c;
+    std::string answer;
+    Stop stop = Stop::TEXT;
+    int ends = 0, until = -1;
+    Generator generator(
+        trainer, bytes, g,
+        [&](int, const std::string& piece) {
+            answer += piece;
+            if ((int)answer.size() == until) interrupted = 1;
+        },
+        [&](int, Stop why) {
+            stop = why;
+            ends++;
+        });
+    auto say = [&](std::vector<int> line) {
+        answer.clear();
+        ends = 0;
+        interrupted = 0;
+        generator.run({{line, 1, &c}});
+        CHECK(ends == 1);
+        return answer;
+    };
+    until = 3;
+    CHECK(say({256, 'a'}) == "bcd");
+    CHECK(stop == Stop::INTERRUPTED);
+    CHECK(c.tokens == std::vector<int>{256, 'a', 'b', 'c', 'd'});
+    CHECK(c.read == 4);
+    until = -1;
+    CHECK(say({'j'}) == "klmnopqrs");
+    CHECK(stop == Stop::TOKENS);
+    CHECK(say({'0'}) == "12345");  // 20 tokens are in the state, one more is written
+    CHECK(stop == Stop::MEMORY);
+    CHECK(say({'0'}) == "");
+    CHECK(stop == Stop::MEMORY);
+    CHECK(trainer.states.at(c.sequence).size() == 20);
+    interrupted = 1;
+    Request turn = {{'x'}, 1, &c};
+    generator.run({turn});
+    CHECK((stop == Stop::INTERRUPTED && c.read == 20 && trainer.states.size() == 1));
+
+    CountingTrainer learned;
+    Conversation d;
+    interrupted = 0;
+    Generator other(
+        learned, bytes, g, [&](int, const std::string& piece) { answer += piece; }, [&](int, Stop why) { stop = why; });
+    other.run({{{256, 'a', 'b', 'c', 'd', 'e', 'f', 'g', 'h'}, 1, &d}});
+    CHECK(stop == Stop::POSITIONS);
+    CHECK(d.tokens.size() == 17);
+    answer.clear();
+    other.run({{{'x'}, 1, &d}});
+    CHECK((stop == Stop::POSITIONS && answer.empty() && d.tokens.size() == 17));
+}
+TEST_CASE("interrupted: whatever is being written, read, or waits, ends") {
+    volatile sig_atomic_t interrupted = 0;
+    GenerateOptions g = many_options(3, 3, 4);
+    g.interrupted = &interrupted;
+    for (int after : {0, 1, 4, 9}) {
+        int64_t pages = after == 9 ? 16 : 10000;
+        interrupted = after == 0;
+        struct Interrupting : CountingTrainer {
+            using CountingTrainer::CountingTrainer;
+            volatile sig_atomic_t* flag;
+            int calls;
+            void extend(const Batch& b, const std::vector<int>& s, float* logits) override {
+                CountingTrainer::extend(b, s, logits);
+                if (--calls == 0) *flag = 1;
+            }
+        } trainer(1, pages);
+        trainer.flag = &interrupted;
+        trainer.calls = after;
+        Written w = written(trainer, some_requests(), g);
+        CHECK(w.ended.size() == 12);
+        CHECK(w.ended[11] == Stop::INTERRUPTED);
+        CHECK((int)trainer.seen.size() <= after + 1);
+    }
+}
+TEST_CASE("bytes of decode states") {
+    ModelConfig c;
+    c.set_vocab(257);
+    c.layers = 2;
+    c.heads = 2;
+    c.channels = 16;
+    parse_attention(c, "causal,lightning", {}, "");
+    StateBytes bf16 = decode_state_bytes(c, "bf16"), full = decode_state_bytes(c, "float32");
+    CHECK((bf16.token == 2 * 16 * 2 && full.token == 2 * 16 * 4));
+    CHECK((bf16.sequence == 2 * 8 * 8 * 4 && full.sequence == bf16.sequence));
 }
