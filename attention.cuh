@@ -12,6 +12,8 @@
 #include "gpt2/cuda/layernorm.cuh"
 #include "gpt2/cuda/lightning.cuh"
 #include "gpt2/cuda/matmul.cuh"
+#include "gpt2/cuda/matvec.cuh"
+#include "gpt2/cuda/merge.cuh"
 #include "gpt2/cuda/mla.cuh"
 #include "gpt2/cuda/residual.cuh"
 #include "gpt2/cuda/rope.cuh"
@@ -49,6 +51,9 @@ struct AttentionContext {
     const int* cu_kv = nullptr;              // (num_seqs+1) offsets of old and new tokens together
     int64_t kv_tokens = 0;                   // cu_kv[num_seqs]
     int max_kv = 0;                          // the longest
+    // extend of few tokens: x comes before its LayerNorm, whose parameters these are, and the linear layers are linear_few's (matvec.cuh). gain null: many
+    // tokens, and x is normalised.
+    NormParameters norm = {};
 
     // forward, recurrent layers: the memory (AttentionState::fixed) each sequence starts from and where it leaves its own, (num_seqs) pointers, null: empty,
     // nowhere. Null arrays: no sequence has one. The host's copies hold the same pointers.
@@ -64,8 +69,8 @@ struct AttentionContext {
 struct Attention {
     const char* name;
     std::vector<TensorSpec> (*saved)(const AttentionConfig&, int64_t N, int lanes);
-    // Bytes of scratch memory that forward and backward (training), or forward and extend (otherwise) take. max_len: tokens of the longest sequence. kv_tokens: a bound on the keys that the new tokens
-    // meet: extend's cu_kv[num_seqs]; in training N, or with carried memories more than they can hold.
+    // Bytes of scratch memory that forward and backward (training), or forward and extend (otherwise) take. max_len: tokens of the longest sequence. kv_tokens:
+    // a bound on the keys that the new tokens meet: extend's cu_kv[num_seqs]; in training N, or with carried memories more than they can hold.
     int64_t (*scratch)(const AttentionConfig&, int64_t N, int64_t num_seqs, int max_len, int64_t kv_tokens, bool training);
     void (*forward)(const AttentionContext&, const Tensors& parameters, const Tensors& saved, const floatX* x, const floatX* residual, floatX* out);
     void (*backward)(const AttentionContext&, const Tensors& parameters, const Tensors& gradients, const Tensors& saved, const floatX* x, const floatX* dout,
@@ -75,12 +80,28 @@ struct Attention {
 
 inline const Attention& attention(const std::string& name);
 
+// out (N,OC) = [residual +] u·Wᵀ + b, u (N,IC).
+inline void linear_forward(const AttentionContext& ctx, floatX* out, const floatX* u, const floatX* w, const floatX* b, int64_t IC, int64_t OC,
+                           const floatX* residual = nullptr) {
+    if (ctx.norm.gain)
+        linear_few(ctx.stream, out, u, nullptr, w, b, ctx.tokens(), IC, OC, false, residual, true);
+    else
+        linear_forward(ctx.stream, out, u, w, b, ctx.tokens(), IC, OC, residual);
+}
+// The same of a layer's input x (N,C).
+inline void input_forward(const AttentionContext& ctx, floatX* out, const floatX* x, const floatX* w, const floatX* b, int64_t OC) {
+    if (ctx.norm.gain)
+        linear_few(ctx.stream, out, x, &ctx.norm, w, b, ctx.tokens(), ctx.config->channels, OC, false, nullptr, true);
+    else
+        linear_forward(ctx.stream, out, x, w, b, ctx.tokens(), ctx.config->channels, OC);
+}
+
 // The end of every layer: out = residual + Z⊙(o·Woᵀ + bo), o (N,D), Wo (C,D), bo (C) or null; Z is the residual branch's dropout.
 // Takes scratch for (N,C) floatX if there is dropout.
 inline void output_forward(const AttentionContext& ctx, const floatX* o, int64_t D, const floatX* wo, const floatX* bo, const floatX* residual, floatX* out) {
     int64_t N = ctx.tokens(), C = ctx.config->channels;
     if (ctx.dropout.p == 0) {
-        linear_forward(ctx.stream, out, o, wo, bo, N, D, C, residual);
+        linear_forward(ctx, out, o, wo, bo, D, C, residual);
         return;
     }
     Scratch scratch = ctx.scratch;
@@ -107,8 +128,13 @@ inline void output_backward(const AttentionContext& ctx, const floatX* o, int64_
 // --------------------------------------------------------------------------------------------------------------------------------------------------
 // 3. Causal attention
 //
-// Saves qkv (after the rotation), o and lse, (NH,N) here. Extending by few tokens a sequence attends to the pages where they are (decode.cuh); by more, the
-// sequences' rows are gathered first, and the core for packed rows does the rest.
+// Saves qkv (after the rotation), o and lse, (NH,N) here. Extending
+//     by few tokens a sequence   attends to the pages where they are (decode.cuh);
+//     sequences without a past   is the forward pass of training: the new tokens are all there is, their keys and values stand in qkv, and what goes to the
+//                                pages is a copy beside it;
+//     others by more tokens      gathers each sequence's rows first, and the core for packed rows does the rest. n new tokens behind P take 4·NH·hs·n·(P + n/2)
+//                                FLOPs; gathering reads and writes 4·KV·hs·(P+n) numbers. On an H100 in bf16, with KV = NH, that is half of the FLOPs' time for
+//                                n = 512, a sixth for n = 2048.
 
 namespace gpu {
 
@@ -116,8 +142,18 @@ inline std::vector<TensorSpec> causal_saved(const AttentionConfig& a, int64_t N,
     return {buffer_spec("qkv", {N, qkv_size(a)}), buffer_spec("o", {N, a.channels}), buffer_spec("lse", {a.heads, N}, Storage::FLOAT32)};
 }
 
-// Beyond so many new tokens in one sequence, keys and values are gathered: reading, writing and reading them again costs what decoding does that often.
-constexpr int MAX_DECODE_QUERIES = 16;
+// Beyond so many new tokens in one sequence, keys and values are gathered. Few queries give the core for packed rows few blocks, each of which walks over all
+// keys, where decoding cuts the keys; from 64 rows on (a query with one of its heads) decoding reads every key again. On an H100, one sequence, 8192 tokens
+// behind, 12 heads of 64: from the pages 53 µs for 16 new tokens, 69 for 64, 237 for 512; gathered 113, 113, 149.
+constexpr int MAX_DECODE_QUERIES = sizeof(floatX) == 2 ? 64 : 16;
+
+// extend: do all sequences that have new tokens begin with them? Not asked of a decode step, whose launches must not depend on lengths.
+inline bool without_past(const AttentionContext& ctx) {
+    if (ctx.max_len <= 1) return false;
+    for (int s = 0; s < ctx.num_seqs; s++)
+        if (ctx.lengths_host[s] > 0 && ctx.cu_seqlens_host[s + 1] > ctx.cu_seqlens_host[s]) return false;
+    return true;
+}
 
 inline int64_t causal_scratch(const AttentionConfig& a, int64_t N, int64_t num_seqs, int max_len, int64_t kv_tokens, bool training) {
     int64_t size = sizeof(floatX), C = a.channels, qkv = N * qkv_size(a) * size, row = causal_state(a).per_token, branch = scratch_bytes({N * C * size});
@@ -197,22 +233,32 @@ inline void causal_extend(const AttentionContext& ctx, const Tensors& parameters
     int64_t N = ctx.tokens(), C = a.channels, row = causal_state(a).per_token;
     AttentionContext rest = ctx;
     floatX *qkv = rest.scratch.take<floatX>(N * qkv_size(a)), *o = rest.scratch.take<floatX>(N * C);
-    linear_forward(ctx.stream, qkv, x, parameters["wqkv"], parameters["bqkv"], N, C, qkv_size(a));
-    if (a.positions == Positions::ROPE) causal_rope(ctx, qkv, 1);
-    append_rows(ctx.stream, ctx.states, ctx.place, qkv + C, qkv_size(a), (int)row, N);
+    input_forward(ctx, qkv, x, parameters["wqkv"], parameters["bqkv"], qkv_size(a));
+    bool rotate = a.positions == Positions::ROPE, fresh = without_past(ctx), decode = !fresh && ctx.max_len <= MAX_DECODE_QUERIES;
+    bool overlap = ctx.norm.gain != nullptr;  // all launches before are kernels, and states and places were there before the first
+    if (rotate && decode) {
+        rope_append(ctx.stream, ctx.states, ctx.place, qkv, qkv_size(a), N, a.heads, a["kv-heads"], a.head_size(), ctx.position, overlap);
+    } else {
+        if (rotate) causal_rope(ctx, qkv, 1);
+        append_rows(ctx.stream, ctx.states, ctx.place, qkv + C, qkv_size(a), (int)row, N, overlap);
+    }
     SoftmaxAttention core = causal_core(ctx, qkv);
     core.window = narrower_window(a["window"], ctx.window);
-    core.cu_k = ctx.cu_kv;
-    core.max_k = ctx.max_kv;
-    if (ctx.max_len <= MAX_DECODE_QUERIES) {
+    if (fresh) {
+        softmax_forward(ctx.stream, core, o, C, nullptr);
+    } else if (decode) {
+        core.cu_k = ctx.cu_kv;
+        core.max_k = ctx.max_kv;
         core.states = ctx.states;
         core.pages = ctx.pages;
         core.v_offset = row / 2;
-        softmax_decode(ctx.stream, core, o, C, nullptr, rest.scratch);
+        softmax_decode(ctx.stream, core, o, C, nullptr, rest.scratch, overlap);
     } else {
         Scratch scratch = rest.scratch;
         floatX* rows = scratch.take<floatX>(ctx.kv_tokens * row);
         gather_rows(ctx.stream, rows, ctx.states, ctx.cu_kv, ctx.num_seqs, ctx.max_kv, (int)row);
+        core.cu_k = ctx.cu_kv;
+        core.max_k = ctx.max_kv;
         core.k = rows;
         core.v = rows + row / 2;
         core.k_stride = core.v_stride = row;
@@ -402,7 +448,7 @@ inline void infini_extend(const AttentionContext& ctx, const Tensors& parameters
     InfiniPass p = infini_shape(a, N, ctx.num_seqs, ctx.max_len, ctx.num_seqs, ctx.kv_tokens);
     floatX *qkv = rest.scratch.take<floatX>(N * qkv_size(a)), *A = rest.scratch.take<floatX>(N * C);
     float* memories = rest.scratch.take<float>(p.max_memories * infini_memory_size(a));
-    linear_forward(ctx.stream, qkv, x, parameters["wqkv"], parameters["bqkv"], N, C, qkv_size(a));
+    input_forward(ctx, qkv, x, parameters["wqkv"], parameters["bqkv"], qkv_size(a));
     InfiniSource source{};
     source.states = ctx.states;
     infini_begin(ctx.stream, p, ctx.cu_seqlens, ctx.place, source, qkv, memories, rest.scratch);
@@ -496,8 +542,8 @@ inline void lightning_extend(const AttentionContext& ctx, const Tensors& paramet
     int64_t N = ctx.tokens(), C = ctx.config->channels;
     AttentionContext rest = ctx;
     floatX *u = rest.scratch.take<floatX>(N * 3 * C), *gate = rest.scratch.take<floatX>(N * C), *o = rest.scratch.take<floatX>(N * C);
-    linear_forward(ctx.stream, u, x, parameters["wqkv"], nullptr, N, C, 3 * C);
-    linear_forward(ctx.stream, gate, x, parameters["wg"], nullptr, N, C, C);
+    input_forward(ctx, u, x, parameters["wqkv"], nullptr, 3 * C);
+    input_forward(ctx, gate, x, parameters["wg"], nullptr, C);
     Lightning g = make_lightning(*ctx.config, ctx.num_seqs, N, ctx.max_len, ctx.cu_seqlens);
     g.states = ctx.states;
     lightning_recurrence_extend(ctx.stream, g, u, o, rest.scratch, lightning_method(*ctx.config));
@@ -524,6 +570,28 @@ inline std::vector<TensorSpec> mla_saved(const AttentionConfig& a, int64_t N, in
     return list;
 }
 
+// Multiply-adds over NH: of an expanded token (its kn and v from c; to absorb a query takes as many), and of a pair of query and key in the two forms. Those in
+// the latents are counted by the time that they take on an H100, beside the un-absorbed core's: as long on Hopper's kernel (decode_hopper.cuh: 400 to 540
+// TFLOP/s for chunks of 64 to 512 tokens), three times as long on the portable one; in float32, without matrix units, both read more than they multiply.
+struct MlaCosts {
+    double expand, pair, latent_pair;
+    explicit MlaCosts(const MlaShape& d) : expand((double)d.d_c * d.d_kv), pair(d.d_qk + d.d_v) {
+        double slower = sizeof(floatX) == 4 ? 8 : 3;
+#ifndef GPU_FLOAT32
+        if (decode::hopper_decode_dims(1, (int)d.u, d.d_c)) slower = 1;
+#endif
+        latent_pair = slower * (2 * d.d_c + d.d_rope);
+    }
+};
+
+// The most keys that extend expands for N new tokens, at most max_len a sequence, when kv_tokens are in the states: with X = expand/(latent_pair − pair),
+// mla_form lets prefixes of P tokens in all be expanded only if P·X <= max_len·P + N·(max_len+1)/2.
+inline int64_t mla_expanded_tokens(const MlaShape& d, int64_t N, int max_len, int64_t kv_tokens) {
+    MlaCosts c(d);
+    double X = c.latent_pair > c.pair ? c.expand / (c.latent_pair - c.pair) : INFINITY;
+    return max_len < X ? (int64_t)std::min((double)kv_tokens, N + 0.5 * N * (max_len + 1) / (X - max_len) + 1) : kv_tokens;
+}
+
 inline int64_t mla_scratch(const AttentionConfig& a, int64_t N, int64_t num_seqs, int max_len, int64_t kv_tokens, bool training) {
     MlaShape d(a);
     auto numbers = [](std::initializer_list<int64_t> takes) {
@@ -537,21 +605,23 @@ inline int64_t mla_scratch(const AttentionConfig& a, int64_t N, int64_t num_seqs
         int64_t attention = numbers({N * d.d_c, N * d.kv, N * d.q, N * d.q, N * d.q, N * d.kv, N * d.u}) + std::max(core, query);
         return std::max(forward, numbers({N * d.o}) + std::max(branch, attention));
     }
-    int64_t K = max_len == 1 ? 0 : cpu::mla_expanded_tokens(d, N, kv_tokens), query = numbers({N * d.r_q, N * d.r_q}), unabsorbed = numbers({K * d.u, K * d.kv, K * d.q});
-    int64_t absorbed = numbers({N * d.NH * d.u, N * d.NH * d.d_c}) + softmax_decode_scratch(d.NH, 1, (int)d.u, d.d_c, (int)num_seqs, max_len);
-    return std::max(forward, numbers({N * d.q, N * d.u, N * d.o}) + std::max({branch, query, unabsorbed, absorbed}));
+    // extend: q, u, o; then what each form takes
+    int64_t K = mla_expanded_tokens(d, N, max_len, kv_tokens), query = numbers({N * d.r_q, N * d.r_q}), fresh = numbers({N * d.kv, N * d.q});
+    int64_t latent = numbers({N * d.NH * d.d_c}) + softmax_decode_scratch(d.NH, 1, (int)d.u, d.d_c, (int)num_seqs, max_len), lse = d.NH * N * 4;
+    int64_t merged = numbers({N * d.NH * d.u, N * d.o}) + scratch_bytes({lse, lse, (num_seqs + 1) * 4, num_seqs * 4}) + std::max(fresh, latent);
+    return std::max(forward, numbers({N * d.q, N * d.u, N * d.o}) + std::max({branch, query, numbers({K * d.u, K * d.kv, K * d.q}), merged}));
 }
 
 // q (N,NH·d_qk), before its rotation. With a query latent: uq (N,r_q) before the norm, rstd_q (N) or null, cq (N,r_q).
-inline void mla_query_forward(cudaStream_t stream, const MlaShape& d, const Tensors& parameters, const floatX* x, floatX* uq, float* rstd_q, floatX* cq,
-                              floatX* q, int64_t N) {
+inline void mla_query_forward(const AttentionContext& ctx, const MlaShape& d, const Tensors& parameters, const floatX* x, floatX* uq, float* rstd_q, floatX* cq,
+                              floatX* q) {
     if (d.r_q == 0) {
-        linear_forward(stream, q, x, parameters["wq"], nullptr, N, d.C, d.q);
+        input_forward(ctx, q, x, parameters["wq"], nullptr, d.q);
         return;
     }
-    linear_forward(stream, uq, x, parameters["wdq"], nullptr, N, d.C, d.r_q);
-    rmsnorm_forward(stream, cq, d.r_q, rstd_q, uq, d.r_q, parameters["gq"], N, d.r_q);
-    linear_forward(stream, q, cq, parameters["wuq"], nullptr, N, d.r_q, d.q);
+    input_forward(ctx, uq, x, parameters["wdq"], nullptr, d.r_q);
+    rmsnorm_forward(ctx.stream, cq, d.r_q, rstd_q, uq, d.r_q, parameters["gq"], ctx.tokens(), d.r_q);
+    linear_forward(ctx, q, cq, parameters["wuq"], nullptr, d.r_q, d.q);
 }
 
 // From dq, rotated back: dx (N,C), overwritten, and the gradients of the query's parameters.
@@ -612,8 +682,8 @@ inline void mla_forward(const AttentionContext& ctx, const Tensors& parameters, 
     Scratch scratch = ctx.scratch;
     floatX *cq = scratch.take<floatX>(N * d.r_q), *c = scratch.take<floatX>(N * d.d_c), *kv = scratch.take<floatX>(N * d.kv),
            *keys = scratch.take<floatX>(N * d.q);
-    mla_query_forward(ctx.stream, d, parameters, x, uq, rstd_q, cq, q, N);
-    linear_forward(ctx.stream, u, x, parameters["wdkv"], nullptr, N, d.C, d.u);
+    mla_query_forward(ctx, d, parameters, x, uq, rstd_q, cq, q);
+    input_forward(ctx, u, x, parameters["wdkv"], nullptr, d.u);
     MlaLatents latents{};
     latents.u = u;
     latents.gain = parameters["gkv"];
@@ -675,34 +745,62 @@ inline void mla_backward(const AttentionContext& ctx, const Tensors& parameters,
 
 // ---- extend -------------------------------------------------------------------------------------------------------------------------------------------
 
-// All sequences of a call go one way, the one with fewer multiply-adds over the batch, by mla_form's count: with n new tokens and a prefix of P
+// All sequences of a call go one way, the one that takes least time in all. With n new tokens on a prefix of P in each sequence, in the units of MlaCosts:
 //
-//     ABSORBED − UNABSORBED = Σ_s n·(P+X) + n·(n+1)/2 − (P+n)·X = Σ_s n·P + n·(n+1)/2 − P·X
+//     UNABSORBED   Σ (P+n)·expand + core(n·P + n·(n+1)/2)
+//     MERGED       Σ   2n ·expand + Σ n·P·latent_pair + core(n·(n+1)/2)
+//     ABSORBED     Σ    n ·expand + Σ (n·P + n·(n+1)/2)·latent_pair
+//
+// where core(pairs) is Σ pairs·pair for many queries. But the un-absorbed core gives a multiprocessor 128 queries of a head or more, and one that has fewer is
+// busy as long; if there are not enough for all multiprocessors, the others wait. So n counts as a multiple of 128, times multiprocessors/(NH·Σ ⌈n/128⌉) if
+// that is above 1. (The absorbed one cuts the keys, too.)
+//
+// Without that, and a latent_pair of 2·d_c+d_rope, a single sequence goes as mla_form(a, n, P) of attention.h says, and MERGED is never the cheapest. In a
+// batch it can be: where some sequences have few tokens on long prefixes, others many on none.
+//
+// On an H100, 8192 tokens behind, µs for n = 64, 128, 256, 512, 2048 new ones:
+//     12 heads, d 64+32/64, d_c 256      UNABSORBED 149 162 182 195  218      MERGED 125 155 206 273      ABSORBED  88 116 158 237
+//     16 heads, d 128+64/128, d_c 512    UNABSORBED 236 254 256 269  506      MERGED 163 205 289 447      ABSORBED 135 177 258 417
 inline MlaForm mla_form(const AttentionContext& ctx) {
-    if (ctx.max_len == 1) return MlaForm::ABSORBED;  // whatever the lengths, so that a decode step can be replayed as a graph
-    double X = mla_crossover(MlaShape(*ctx.config)), products = 0, prefix = 0;
+    if (ctx.max_len <= 1) return MlaForm::ABSORBED;  // whatever the lengths, so that a decode step can be replayed as a graph
+    MlaShape d(*ctx.config);
+    MlaCosts c(d);
+    double prefix = 0, tokens = 0, old_pairs = 0, new_pairs = 0, tiles = 0, old_tiled = 0, new_tiled = 0;
     for (int s = 0; s < ctx.num_seqs; s++) {
-        double n = ctx.cu_seqlens_host[s + 1] - ctx.cu_seqlens_host[s], P = (double)ctx.lengths_host[s];  // n = 0: the un-absorbed form expands P still
-        products += n * P + n * (n + 1) / 2;
-        prefix += P;
+        double n = ctx.cu_seqlens_host[s + 1] - ctx.cu_seqlens_host[s], P = (double)ctx.lengths_host[s], tiled = std::ceil(n / 128);
+        prefix += P;  // n = 0: the un-absorbed form expands P still
+        tokens += n;
+        old_pairs += n * P;
+        new_pairs += n * (n + 1) / 2;
+        tiles += tiled;
+        old_tiled += 128 * tiled * P;
+        new_tiled += 128 * tiled * (n + 1) / 2;
     }
-    return prefix > 0 && products / prefix < X ? MlaForm::ABSORBED : MlaForm::UNABSORBED;
+    if (old_pairs == 0) return MlaForm::UNABSORBED;
+    double core_pair = c.pair * std::max(1.0, device_properties().multiProcessorCount / (d.NH * tiles));
+    double unabsorbed = (prefix + tokens) * c.expand + (old_tiled + new_tiled) * core_pair;
+    double merged = 2 * tokens * c.expand + old_pairs * c.latent_pair + new_tiled * core_pair;
+    double absorbed = tokens * c.expand + (old_pairs + new_pairs) * c.latent_pair;
+    if (unabsorbed < std::min(merged, absorbed)) return MlaForm::UNABSORBED;
+    return merged < absorbed ? MlaForm::MERGED : MlaForm::ABSORBED;
 }
 
-// o (N,NH·d_v): keys and values of all tokens are expanded from the rows in the pages.
-inline void mla_unabsorbed(const AttentionContext& ctx, const MlaShape& d, const floatX* wukv, const floatX* q, floatX* o, Scratch scratch) {
-    int64_t K = ctx.kv_tokens;
-    floatX *latents = scratch.take<floatX>(K * d.u), *kv = scratch.take<floatX>(K * d.kv), *keys = scratch.take<floatX>(K * d.q);
-    gather_rows(ctx.stream, latents, ctx.states, ctx.cu_kv, ctx.num_seqs, ctx.max_kv, (int)d.u);
-    mla_keys_forward(ctx.stream, d, wukv, latents, d.u, latents + d.d_c, kv, keys, K);
+// o (N,NH·d_v), lse (NH,N) or null: keys and values are expanded from the rows [c | kr] of K tokens, cu_k[s+1]−cu_k[s] of sequence s, at most max_k.
+inline void mla_unabsorbed(const AttentionContext& ctx, const MlaShape& d, const floatX* wukv, const floatX* q, const floatX* rows, int64_t K, const int* cu_k,
+                           int max_k, floatX* o, float* lse, Scratch scratch) {
+    floatX *kv = scratch.take<floatX>(K * d.kv), *keys = scratch.take<floatX>(K * d.q);
+    mla_keys_forward(ctx.stream, d, wukv, rows, d.u, rows + d.d_c, kv, keys, K);
     SoftmaxAttention core = mla_core(ctx, d, q, keys, kv);
-    core.cu_k = ctx.cu_kv;
-    core.max_k = ctx.max_kv;
-    softmax_forward(ctx.stream, core, o, d.o, nullptr);
+    core.cu_k = cu_k;
+    core.max_k = max_k;
+    softmax_forward(ctx.stream, core, o, d.o, lse);
 }
 
-// The same with the rows [c | kr] themselves as keys and c as values of all heads. q_absorbed (N,NH,d_c+d_rope): per head [q̃ | qr], of which qr is there.
-inline void mla_absorbed(const AttentionContext& ctx, const MlaShape& d, const floatX* wukv, const floatX* q, floatX* q_absorbed, floatX* o, Scratch scratch) {
+// The same with the rows themselves, in the pages, as keys and c as values of all heads, for the first cu_k[s+1]−cu_k[s] tokens of each sequence.
+// q_absorbed (N,NH,d_c+d_rope): per head [q̃ | qr], of which qr is there. Wuk and Wuv are read where they stand in wukv: there is no copy that a change of the
+// weights could leave behind.
+inline void mla_absorbed(const AttentionContext& ctx, const MlaShape& d, const floatX* wukv, const floatX* q, floatX* q_absorbed, const int* cu_k, int max_k,
+                         const int* q_at, floatX* o, float* lse, Scratch scratch) {
     int64_t N = ctx.tokens(), q_stride = d.NH * d.u, o_stride = (int64_t)d.NH * d.d_c, per_head = (int64_t)d.d_kv * d.d_c;
     floatX* o_absorbed = scratch.take<floatX>(N * o_stride);
     // q̃_h = qn_h·Wuk_h; without qn it is zeros, as a product over nothing
@@ -714,47 +812,86 @@ inline void mla_absorbed(const AttentionContext& ctx, const MlaShape& d, const f
     core.d_v = d.d_c;
     core.q_stride = q_stride;
     core.k_head = core.v_head = 0;
-    core.cu_k = ctx.cu_kv;
-    core.max_k = ctx.max_kv;
+    core.cu_k = cu_k;
+    core.max_k = max_k;
+    core.q_at = q_at;
     core.pages = ctx.pages;
     core.states = ctx.states;
-    softmax_decode(ctx.stream, core, o_absorbed, o_stride, nullptr, scratch);
+    softmax_decode(ctx.stream, core, o_absorbed, o_stride, lse, scratch);
 
     // o_h = õ_h·Wuv_hᵀ
     matmul<floatX>(ctx.stream, NO, YES, N, d.d_v, d.d_c, 1, o_absorbed, o_stride, wukv + (int64_t)d.d_nope * d.d_c, d.d_c, 0, o, d.o, {},
                    {d.NH, d.d_c, per_head, d.d_v});
 }
 
-inline void mla_extend(const AttentionContext& ctx, const Tensors& parameters, const floatX* x, const floatX* residual, floatX* out) {
+// o (N,NH·d_v): absorbed on what the sequences held before, un-absorbed on the new tokens, whose rows are u (N,d_c+d_rope).
+inline void mla_merged(const AttentionContext& ctx, const MlaShape& d, const floatX* wukv, const floatX* q, const floatX* u, floatX* q_absorbed, floatX* o,
+                       Scratch scratch) {
+    int64_t N = ctx.tokens(), longest = *std::max_element(ctx.lengths_host, ctx.lengths_host + ctx.num_seqs), size = sizeof(floatX);
+    floatX* o_past = scratch.take<floatX>(N * d.o);
+    float *lse = scratch.take<float>(d.NH * N), *lse_past = scratch.take<float>(d.NH * N);
+    int *cu_past = scratch.take<int>(ctx.num_seqs + 1), *past = scratch.take<int>(ctx.num_seqs);
+    past_tokens(ctx.stream, cu_past, past, ctx.cu_kv, ctx.cu_seqlens, ctx.num_seqs);
+    if (d.d_rope > 0)
+        CUDA_CHECK(
+            cudaMemcpy2DAsync(q_absorbed + d.d_c, d.u * size, q + d.d_nope, d.d_qk * size, d.d_rope * size, N * d.NH, cudaMemcpyDeviceToDevice, ctx.stream));
+    mla_unabsorbed(ctx, d, wukv, q, u, N, ctx.cu_seqlens, ctx.max_len, o, lse, scratch);
+    mla_absorbed(ctx, d, wukv, q, q_absorbed, cu_past, (int)longest, past, o_past, lse_past, scratch);
+    softmax_merge(ctx.stream, o, nullptr, o, lse, o_past, lse_past, N, d.NH, d.d_v);
+}
+
+// extend in the form asked for. Scratch: mla_scratch() knows of mla_form's choice only.
+inline void mla_extend_as(const AttentionContext& ctx, const Tensors& parameters, const floatX* x, const floatX* residual, floatX* out, MlaForm form) {
     MlaShape d(*ctx.config);
     int64_t N = ctx.tokens();
-    bool absorbed = mla_form(ctx) == MlaForm::ABSORBED;
+    const floatX* wukv = parameters["wukv"];
     AttentionContext rest = ctx;
     floatX *q = rest.scratch.take<floatX>(N * d.q), *u = rest.scratch.take<floatX>(N * d.u), *o = rest.scratch.take<floatX>(N * d.o);
     Scratch scratch = rest.scratch;
     {
         Scratch latent = scratch;
         floatX *uq = latent.take<floatX>(N * d.r_q), *cq = latent.take<floatX>(N * d.r_q);
-        mla_query_forward(ctx.stream, d, parameters, x, uq, nullptr, cq, q, N);
+        mla_query_forward(ctx, d, parameters, x, uq, nullptr, cq, q);
     }
-    linear_forward(ctx.stream, u, x, parameters["wdkv"], nullptr, N, d.C, d.u);
-    floatX* q_absorbed = absorbed ? scratch.take<floatX>(N * d.NH * d.u) : nullptr;
+    input_forward(ctx, u, x, parameters["wdkv"], nullptr, d.u);
+    // Where the new tokens are expanded by themselves, their rows [c | kr] are wanted here, in the place of u, before they go to the pages.
+    bool absorbed = form == MlaForm::ABSORBED, apart = form == MlaForm::MERGED || (!absorbed && without_past(ctx));
+    floatX* q_absorbed = form == MlaForm::UNABSORBED ? nullptr : scratch.take<floatX>(N * d.NH * d.u);
     MlaLatents latents{};
     latents.u = u;
     latents.gain = parameters["gkv"];
     latents.position = ctx.position;
-    latents.states = ctx.states;
-    latents.place = ctx.place;
+    if (apart) {
+        latents.c = u;
+        latents.kr = u + d.d_c;
+        latents.c_stride = latents.kr_stride = d.u;
+    } else {
+        latents.states = ctx.states;
+        latents.place = ctx.place;
+    }
     latents.q = q;
     latents.q_to = absorbed ? q_absorbed + d.d_c : q + d.d_nope;
     latents.q_stride = absorbed ? d.NH * d.u : d.q;
     latents.q_head = absorbed ? d.u : d.d_qk;
     mla_latents(ctx.stream, d, latents, N);
-    if (absorbed)
-        mla_absorbed(ctx, d, parameters["wukv"], q, q_absorbed, o, scratch);
-    else
-        mla_unabsorbed(ctx, d, parameters["wukv"], q, o, scratch);
+    if (apart) append_rows(ctx.stream, ctx.states, ctx.place, u, d.u, (int)d.u, N);
+
+    if (form == MlaForm::MERGED) {
+        mla_merged(ctx, d, wukv, q, u, q_absorbed, o, scratch);
+    } else if (absorbed) {
+        mla_absorbed(ctx, d, wukv, q, q_absorbed, ctx.cu_kv, ctx.max_kv, nullptr, o, nullptr, scratch);
+    } else if (apart) {
+        mla_unabsorbed(ctx, d, wukv, q, u, N, ctx.cu_seqlens, ctx.max_len, o, nullptr, scratch);
+    } else {
+        floatX* rows = scratch.take<floatX>(ctx.kv_tokens * d.u);
+        gather_rows(ctx.stream, rows, ctx.states, ctx.cu_kv, ctx.num_seqs, ctx.max_kv, (int)d.u);
+        mla_unabsorbed(ctx, d, wukv, q, rows, ctx.kv_tokens, ctx.cu_kv, ctx.max_kv, o, nullptr, scratch);
+    }
     output_forward(rest, o, d.o, parameters["wo"], nullptr, residual, out);
+}
+
+inline void mla_extend(const AttentionContext& ctx, const Tensors& parameters, const floatX* x, const floatX* residual, floatX* out) {
+    mla_extend_as(ctx, parameters, x, residual, out, mla_form(ctx));
 }
 
 inline Attention mla_attention() { return {"mla", mla_saved, mla_scratch, mla_forward, mla_backward, mla_extend}; }

@@ -24,7 +24,9 @@
 #include "gpt2/cuda/encoder.cuh"
 #include "gpt2/cuda/gelu.cuh"
 #include "gpt2/cuda/layernorm.cuh"
+#include "gpt2/cuda/matvec.cuh"
 #include "gpt2/cuda/memory.cuh"
+#include "gpt2/cuda/sampler.cuh"
 #include "gpt2/initialise.h"
 #include "gpt2/program.h"
 #include "gpt2/state.h"
@@ -87,8 +89,9 @@ struct Gpt2 : Trainer {
     // What the last forward pass was given: backward goes on from it. Arrays are device memory unless a host's copy stands beside them.
     Batch batch;
     Pass pass;
-    Upload upload, states_upload, step_upload;  // of a pass; of the states that extend is given; of an optimiser step
+    Upload upload, states_upload, draws_upload, step_upload;  // of a pass; of the states that extend is given; of random numbers; of an optimiser step
     const int *tokens, *targets, *cu_seqlens, *position;
+    int* token_plan;  // encoder_plan of the batch's tokens; in training alone
     const TokenPlace* place;
     const PassParameters* parameters_of_pass;
     std::vector<std::vector<float*>> from_host, to_host;  // each network layer's lanes of this pass
@@ -135,8 +138,8 @@ struct Gpt2 : Trainer {
         for (const AttentionStateSize& s : state_sizes(c)) memory_numbers += s.per_sequence * o.lanes;
         for (const AttentionConfig& a : c.attention) {
             int64_t num_seqs = ceil_div(o.max_tokens, c.max_seq);  // more of them are met as they come
-            scratch_need =
-                std::max(scratch_need, attention(a.name).scratch(a, o.max_tokens, num_seqs, c.max_seq, training_kv_tokens(o.max_tokens, o.lanes > 0), o.training));
+            scratch_need = std::max(scratch_need,
+                                    attention(a.name).scratch(a, o.max_tokens, num_seqs, c.max_seq, training_kv_tokens(o.max_tokens, o.lanes > 0), o.training));
         }
         if (o.plan_only) return;
         stream = main_stream();
@@ -165,6 +168,7 @@ struct Gpt2 : Trainer {
     ~Gpt2() override {
         if (stream) cudaStreamSynchronize(stream);
         if (graph) cudaGraphExecDestroy(graph);
+        if (drawn) cudaFreeHost(drawn);
         for (DecodeGraph& g : decode_graphs)
             if (g.graph) cudaGraphExecDestroy(g.graph);
         for (std::deque<PendingResult>* list : {&pending, &spare})
@@ -247,6 +251,7 @@ struct Gpt2 : Trainer {
     // Pointers to the lanes' memories in each network layer, for each sequence of the batch; nothing where no memory is carried.
     std::vector<std::vector<float*>> lane_memories(const DeviceBlock& block, const std::vector<int>& lane) const {
         std::vector<std::vector<float*>> pointers(config.layers);
+        if (lane.empty()) return pointers;
         float* layer_memory = (float*)block.memory;
         std::vector<AttentionStateSize> sizes = state_sizes(config);
         for (int l = 0; l < config.layers; l++) {
@@ -284,11 +289,14 @@ struct Gpt2 : Trainer {
         q.mean_scale = count ? 1 / (double)count : std::numeric_limits<double>::quiet_NaN();
         q.grad_scale = p.training ? p.grad_scale : 0;
 
-        upload.begin(32 * N + (S + 1) * (int64_t)(8 + 2 * sizeof(float*) * config.layers) + 64 * (config.layers + 16));
+        std::vector<int> plan;
+        if (p.training) plan = encoder_plan(b.tokens, config.padded_vocab_size, config.channels);
+        upload.begin(32 * N + (int64_t)(plan.size() * sizeof(int)) + (S + 1) * (int64_t)(8 + 2 * sizeof(float*) * config.layers) + 64 * (config.layers + 16));
         parameters_of_pass = upload.put(&q, 1);
         tokens = upload.put(b.tokens);
         targets = upload.put(b.targets);
         cu_seqlens = upload.put(b.cu_seqlens);
+        token_plan = upload.put(plan);
         place = upload.put(places);
         position = upload.put(positions);
         from.clear();
@@ -466,7 +474,7 @@ struct Gpt2 : Trainer {
         DropoutKey dropout = dropout_of(0);
         if (dropout.p > 0) dropout_add(stream, dx, nullptr, dx, dropout, DROP_EMBEDDING, place, N, C);
         scratch.reserve(encoder_backward_scratch(N, C));
-        encoder_backward(stream, grads["wte"], wpe<float>(grads), dx, tokens, cu_seqlens, batch.num_seqs(), max_len, N, C, config.padded_vocab_size,
+        encoder_backward(stream, grads["wte"], wpe<float>(grads), dx, tokens, token_plan, cu_seqlens, batch.num_seqs(), max_len, N, C,
                          {scratch.memory, scratch.size});
     }
 
@@ -550,10 +558,10 @@ struct Gpt2 : Trainer {
 
     // What extend is given besides the batch. Device memory unless a name says host.
     struct Extension {
-        std::vector<int64_t> lengths_host;              // rows in each state, before the new ones
-        std::vector<const AttentionState*> states;      // of each network layer
-        const int *cu_kv, *last_rows;                   // (num_seqs+1) offsets of old and new tokens together; the last new token of each sequence that has any
-        std::vector<int> answered_host;                 // those sequences
+        std::vector<int64_t> lengths_host;          // rows in each state, before the new ones
+        std::vector<const AttentionState*> states;  // of each network layer
+        const int *cu_kv, *last_rows;               // (num_seqs+1) offsets of old and new tokens together; the last new token of each sequence that has any
+        std::vector<int> answered_host;             // those sequences
         int64_t kv_tokens;
         int max_kv;
         bool decode;  // one token of each sequence
@@ -562,7 +570,7 @@ struct Gpt2 : Trainer {
     // Takes new tokens for `sequences` to the device, and makes room for them in the states.
     void begin_extend(const Batch& b, const std::vector<int>& sequences) {
         int S = b.num_seqs();
-        assert((int64_t)b.tokens.size() <= options.max_tokens && (int)sequences.size() == S);
+        check_extend(b, sequences, options.max_tokens, config.vocab_size);
         Extension e;
         std::vector<int64_t> pasts;
         std::vector<int> cu_kv(1, 0), last_rows, page_table;
@@ -586,10 +594,8 @@ struct Gpt2 : Trainer {
             if (q_len > 0) last_rows.push_back(b.cu_seqlens[s + 1] - 1), e.answered_host.push_back(s);
         }
         e.kv_tokens = cu_kv[S];
-        Batch plain = b;
-        plain.memory_from.clear();
-        plain.memory_to.clear();
-        begin_pass(plain, Pass(), pasts.data());
+        assert(b.memory_from.empty() && b.memory_to.empty());  // states take their place
+        begin_pass(b, Pass(), pasts.data());
 
         // What has the same place for the same number of sequences, then the page tables.
         int64_t states_size = round_up(S * sizeof(AttentionState), 16), tables_at = 2 * round_up((S + 1) * sizeof(int), 16) + config.layers * states_size;
@@ -612,9 +618,23 @@ struct Gpt2 : Trainer {
         extension = e;
     }
 
-    // The new tokens through all layers; the last one of each sequence, normalised: the rows (answered, C) of act(0, "ln1").
+    // Reading the weights is all the work, and what is launched is fused for it (matvec.cuh).
+    bool few_tokens() const { return (int64_t)batch.tokens.size() <= FEW_ROWS; }
+
+    // One block of the network for few tokens: x (N,C) becomes out.
+    void few_tokens_block(int l, AttentionContext ctx, const floatX* x, floatX* out) {
+        int64_t N = (int64_t)batch.tokens.size(), C = config.channels;
+        floatX *mid = act(l, "mid"), *gelu = act(l, "gelu");
+        ctx.norm = {param(l, "ln1.w"), param(l, "ln1.b")};
+        NormParameters norm2 = {param(l, "ln2.w"), param(l, "ln2.b")};
+        attention(config.attention[l].name).extend(ctx, attn_params[l], x, x, mid);
+        linear_few(stream, gelu, mid, &norm2, param(l, "mlp.wfc"), param(l, "mlp.bfc"), N, C, 4 * C, true, nullptr, true);
+        linear_few(stream, out, gelu, nullptr, param(l, "mlp.wproj"), param(l, "mlp.bproj"), N, 4 * C, C, false, mid, true);
+    }
+
+    // The new tokens through all layers, to the rows of acts["x"].
     void extend_pass() {
-        int64_t N = (int64_t)batch.tokens.size(), C = config.channels, rows = (int64_t)extension.answered_host.size();
+        int64_t N = (int64_t)batch.tokens.size(), C = config.channels;
         floatX* x = act(0, "x");
         encoder_forward(stream, x, tokens, position, params["wte"], wpe<floatX>(params), N, C);
         for (int l = 0; l < config.layers; l++) {
@@ -626,22 +646,34 @@ struct Gpt2 : Trainer {
             ctx.cu_kv = extension.cu_kv;
             ctx.kv_tokens = extension.kv_tokens;
             ctx.max_kv = extension.max_kv;
-            floatX *ln1 = act(l, "ln1"), *mid = act(l, "mid"), *next = block_output(l);
-            layernorm_forward(stream, ln1, act(l, "ln1.mean"), act(l, "ln1.rstd"), x, param(l, "ln1.w"), param(l, "ln1.b"), N, C);
-            attention(config.attention[l].name).extend(ctx, attn_params[l], ln1, x, mid);
-            mlp_forward(l, mid, next);
+            floatX* next = block_output(l);
+            if (few_tokens()) {
+                few_tokens_block(l, ctx, x, next);
+            } else {
+                floatX *ln1 = act(l, "ln1"), *mid = act(l, "mid");
+                layernorm_forward(stream, ln1, act(l, "ln1.mean"), act(l, "ln1.rstd"), x, param(l, "ln1.w"), param(l, "ln1.b"), N, C);
+                attention(config.attention[l].name).extend(ctx, attn_params[l], ln1, x, mid);
+                mlp_forward(l, mid, next);
+            }
             x = next;
         }
-        if (rows == 0) return;
-        floatX *lnf = acts["lnf"], *last = act(0, "ln1");
-        layernorm_forward(stream, rows < N ? lnf : last, acts["lnf.mean"], acts["lnf.rstd"], x, params["lnf.w"], params["lnf.b"], N, C);
-        if (rows == N) return;
-        gather_rows_kernel<<<(unsigned)rows, 256, 0, stream>>>(last, lnf, extension.last_rows, C);
-        LAUNCH_CHECK();
     }
+    // acts["logits"] of the last new tokens of the answered sequences from `first` on, `rows` of them.
     void head(int64_t first, int64_t rows) {
-        const floatX* last = act(0, "ln1");
-        linear_forward(stream, acts["logits"], last + first * config.channels, params["wte"], nullptr, rows, config.channels, config.padded_vocab_size);
+        int64_t N = (int64_t)batch.tokens.size(), C = config.channels, Vp = config.padded_vocab_size;
+        const floatX *x = acts["x"], *wte = params["wte"];
+        if (rows < N) {
+            gather_rows_kernel<<<(unsigned)rows, 256, 0, stream>>>(act(0, "ln1"), x, extension.last_rows + first, C);
+            LAUNCH_CHECK();
+            x = act(0, "ln1");
+        }
+        if (few_tokens()) {
+            NormParameters norm = {params["lnf.w"], params["lnf.b"]};
+            linear_few(stream, acts["logits"], x, &norm, wte, nullptr, rows, C, Vp, false, nullptr, true);
+            return;
+        }
+        layernorm_forward(stream, acts["lnf"], acts["lnf.mean"], acts["lnf.rstd"], x, params["lnf.w"], params["lnf.b"], rows, C);
+        linear_forward(stream, acts["logits"], acts["lnf"], wte, nullptr, rows, C, Vp);
     }
 
     // Steps of decoding that can be replayed: all that a graph of kernels depends on. The first step of a kind runs as it is (which makes all plans and
@@ -656,6 +688,8 @@ struct Gpt2 : Trainer {
     };
     static constexpr size_t MAX_DECODE_GRAPHS = 64;
     std::deque<DecodeGraph> decode_graphs;
+    int* drawn = nullptr;  // tokens on their way to the host
+    size_t drawn_size = 0;
 
     // The whole step, logits of all sequences included.
     void decode_step() {
@@ -691,24 +725,69 @@ struct Gpt2 : Trainer {
         CUDA_CHECK(cudaGraphLaunch(known->graph, stream));
     }
 
-    void extend(const Batch& b, const std::vector<int>& sequences, float* last_logits) override {
-        int64_t V = config.vocab_size, Vp = config.padded_vocab_size, chunk = logits_rows(options.max_tokens);
+    // Calls use(first, rows) when acts["logits"] holds those of so many answered sequences.
+    template <class Use>
+    void extend_and(const Batch& b, const std::vector<int>& sequences, bool logits, Use use) {
         begin_extend(b, sequences);
-        int64_t rows = (int64_t)extension.answered_host.size();
+        int64_t rows = (int64_t)extension.answered_host.size(), chunk = logits_rows(options.max_tokens);
         bool step = extension.decode && rows <= chunk;
         step ? decode_step() : extend_pass();
         for (int s = 0; s < b.num_seqs(); s++) {
             pool->sequences[sequences[s]].length += b.cu_seqlens[s + 1] - b.cu_seqlens[s];
             if (options.window > 0) pool->slide(sequences[s], options.window);
         }
-        if (!last_logits) return;
-        std::vector<float> values(rows * V);
-        for (int64_t r0 = 0; r0 < rows; r0 += chunk) {
-            int64_t n = std::min(chunk, rows - r0);
-            if (!step) head(r0, n);
-            read_rows(values.data() + r0 * V, acts["logits"], n, V, Vp);
+        for (int64_t first = 0; logits && first < rows; first += chunk) {
+            int64_t n = std::min(chunk, rows - first);
+            if (!step) head(first, n);
+            use(first, n);
         }
-        for (int64_t r = 0; r < rows; r++) std::copy_n(&values[r * V], V, last_logits + extension.answered_host[r] * V);
+    }
+
+    void extend(const Batch& b, const std::vector<int>& sequences, float* last_logits) override {
+        int64_t V = config.vocab_size, Vp = config.padded_vocab_size;
+        std::vector<float> values;
+        extend_and(b, sequences, last_logits != nullptr, [&](int64_t first, int64_t rows) {
+            values.resize(rows * V);
+            read_rows(values.data(), acts["logits"], rows, V, Vp);
+            for (int64_t r = 0; r < rows; r++) std::copy_n(&values[r * V], V, last_logits + extension.answered_host[first + r] * V);
+        });
+    }
+
+    // Draws where the logits are. The tokens come back through memory of the host that the device writes to.
+    std::vector<int> extend_and_draw(const Batch& b, const std::vector<int>& sequences, const SamplerOptions& o, const std::vector<Draw>& draws) override {
+        for (const Draw& d : draws)
+            if (d.penalised && !d.penalised->empty()) return Trainer::extend_and_draw(b, sequences, o, draws);
+        if (drawn_size < draws.size()) {
+            wait_for_device();
+            if (drawn) CUDA_CHECK(cudaFreeHost(drawn));
+            drawn_size = 2 * draws.size();
+            CUDA_CHECK(cudaMallocHost(&drawn, drawn_size * sizeof(int)));
+        }
+        std::vector<int> tokens_drawn(draws.size());
+        extend_and(b, sequences, !draws.empty(), [&](int64_t first, int64_t rows) {
+            std::vector<int> row, which;
+            std::vector<double> uniform;
+            for (size_t d = 0; d < draws.size(); d++) {
+                const std::vector<int>& answered = extension.answered_host;
+                int64_t at = std::lower_bound(answered.begin(), answered.end(), draws[d].sequence) - answered.begin() - first;
+                if (at < 0 || at >= rows) continue;
+                row.push_back((int)at);
+                uniform.push_back(draws[d].uniform);
+                which.push_back((int)d);
+            }
+            draws_upload.begin((int64_t)row.size() * 12 + 32);
+            const double* uniform_device = draws_upload.put(uniform);
+            const int* row_device = draws_upload.put(row);
+            draws_upload.send();
+            sample_tokens(stream, drawn, acts["logits"], config.padded_vocab_size, config.vocab_size, row_device, uniform_device, (int64_t)row.size(), o,
+                          false);
+            wait_for_device();
+            for (size_t d = 0; d < which.size(); d++) {
+                if (drawn[d] < 0) data_error("the model's logits are not finite: its training diverged; take an earlier checkpoint");
+                tokens_drawn[which[d]] = drawn[d];
+            }
+        });
+        return tokens_drawn;
     }
     auto& states() {
         if (!pool) {

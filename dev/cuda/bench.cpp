@@ -12,9 +12,9 @@
 // with the length), the layer's default elsewhere. MFU: 3 forward passes' model_flops (gpt2/config.h) over the time and the GPU's highest matrix rate.
 // `recompute` is the lowest level at which the model fits the GPU. Memory is what this process's GPU has in use, everything included.
 //
-// decode: a step takes one token of each text, chooses the next ones (greedily) and brings them to the host. "read" is the time in which the GPU, copying 1 GiB,
-// would have read all weights and the texts' states once; the ratio to that is what is left to win. Texts have their states in pages of their own. "prompts" are
-// read in one batch; beside them the same tokens in a forward pass as evaluation makes it.
+// decode: a step takes one token of each text, chooses the next ones (greedily) and brings them to the host. "read" is the time in which the GPU, copying 1
+// GiB, would have read all weights and the texts' states once; the ratio to that is what is left to win. Texts have their states in pages of their own.
+// "prompts" are read in one batch; beside them the same tokens in a forward pass as evaluation makes it.
 #include <cuda_runtime_api.h>
 
 #include <algorithm>
@@ -40,7 +40,7 @@ static ModelConfig model(const std::string& preset_name, const std::string& patt
     return c;
 }
 
-static int token(uint64_t i) { return philox(1, (uint32_t)i, (uint32_t)(i >> 32), 0, 0).word[0]; }
+static uint32_t token(uint64_t i) { return philox(1, (uint32_t)i, (uint32_t)(i >> 32), 0, 0).word[0]; }
 
 // Sorted: the median, and the 10th and 90th percentile.
 struct Times {
@@ -169,8 +169,8 @@ static void bench_decode(const std::string& preset, const std::string& pattern, 
     }
     std::sort(t.ms.begin(), t.ms.end());
     double state = (double)m->state_bytes(), read = (weight_bytes(*m) + state) / copy_rate() * 1e3;
-    printf("| %s | %s | %d | %d | %s | %.0f | %.1f | %.3f | %.2f |\n", preset.c_str(), pattern.c_str(), texts, behind, t.text(3).c_str(), texts / t.median() * 1e3,
-           state * 1e-6, read, t.median() / read);
+    printf("| %s | %s | %d | %d | %s | %.0f | %.1f | %.3f | %.2f |\n", preset.c_str(), pattern.c_str(), texts, behind, t.text(3).c_str(),
+           texts / t.median() * 1e3, state * 1e-6, read, t.median() / read);
     fflush(stdout);
 }
 
@@ -212,8 +212,9 @@ static void bench_prefill(const std::string& preset, const std::string& pattern,
 
 static void bench_generation(bool tune) {
     printf("copying 1 GiB: %.0f GB/s\n\n", copy_rate() * 1e-9);
-    const char* header = "| model | attention | texts | tokens behind | ms a step [10 % 90 %] | tokens/s | states MB | read ms | ratio |\n"
-                         "| --- | --- | --- | --- | --- | --- | --- | --- | --- |\n";
+    const char* header =
+        "| model | attention | texts | tokens behind | ms a step [10 % 90 %] | tokens/s | states MB | read ms | ratio |\n"
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |\n";
     fputs(header, stdout);
     bench_decode("gpt2-124M", "causal", "", 1, 512, 400, tune);
     bench_decode("gpt2-1558M", "causal", "", 1, 512, 200, tune);

@@ -6,14 +6,16 @@
 // No arithmetic to speak of; what counts is bytes. Forward must write out (N,C) and read each row of the tables that occurs once (repeated ones come from the
 // L2 cache); backward must read dout once, and read and write each table row that occurs, in float32. N = 65536 tokens of C = 768 channels in
 // bf16, a vocabulary of 50304 of which a Zipf-like text of this length uses 15000 words: forward 126 MB = 42 µs at 3.0 TB/s, backward 202 MB = 67 µs.
-// Backward is further from that than it looks: the two tables want the rows of dout in two orders, so it is read twice (what is left of it in the L2 cache
-// aside, 303 MB = 101 µs), and putting 65536 tokens in order takes some 40 µs in which hardly a byte moves.
+// The two tables want the rows of dout in two orders: read twice from memory that is 303 MB = 101 µs; and putting 65536 tokens in order takes the GPU some
+// 40 µs, in which hardly a byte moves.
 //
 // Forward
 //   1. A thread a number, found by division. Threads of a warp read neighbours, but each fetches the token and divides 64-bit numbers for itself.
 //   2. A warp a row: token and position are read once, no division. Expected: the division's time, a factor of two or so.
 //   3. 16 bytes a thread and access (encoder_forward_kernel3 with W = 8 instead of 1): an eighth of the instructions, so that memory and not the issue of
 //      instructions is the limit. Expected: close to the copy's bandwidth.
+//   4. A warp of version 3 fetches its token, then a third of the row, stores that, and so on: one after the other. Now a thread has two vectors, wherever
+//      rows begin and end, and all that it reads is on its way together (encoder_forward_kernel4). Expected: 45 µs.
 //
 // Backward. Floating-point atomics are out: their order, and so the result, would change from run to run.
 //   1. Gather instead of scatter: a block for each table row looks through the whole list of tokens for its own. V·N comparisons: milliseconds, nearly all of
@@ -28,8 +30,16 @@
 //      now the runs of a piece are shared out among eight warps, and the old row is on its way together with the rows of dout (encoder_backward_kernel4).
 //      And the second kernel no longer looks for the end of a run by halving, ten reads one after the other, but all its threads at once
 //      (encoder_join_kernel4). Expected: 38 µs for the sort, 65 for the tokens, 10 for joining, 35 for the positions: 150 instead of 312.
+//   5. The host sorts, while the GPU is busy with the steps before (encoder_plan: 0.4 ms of one core): 38 µs less. One kernel goes from slice to slice of 128
+//      columns: the 17 MB that the positions have read the tokens find in the L2 cache, so dout comes from memory once: 33 µs less. Rows of dout and of the
+//      table are on their way through shared memory, four entries a warp, without holding registers. The block that leaves the last part of a cut run adds
+//      them up, so that there is no second kernel: 10 µs less (encoder_backward_kernel5). Expected: 80 µs.
+//      What limits it then is neither memory (190 MB move) nor the L2 cache but the way between the cache's two halves: half of all accesses go to the other
+//      half, and two passes over dout and one over the table keep it busy 84 % of the time.
 #define GPT2_NO_MAIN
 #include "../../train_gpt2.cpp"
+
+#include <cub/device/device_radix_sort.cuh>
 
 #include "../../gpt2/cuda/encoder.cuh"
 #include "ladder.h"
@@ -45,19 +55,73 @@ __global__ void encoder_forward_kernel1(floatX* out, const int* tokens, const in
     out[i] = from_float<floatX>(to_float(wte[tokens[n] * C + c]) + (wpe ? to_float(wpe[position[n] * C + c]) : 0));
 }
 
+// A warp a row.
+template <int W>
+__global__ void encoder_forward_kernel3(floatX* __restrict__ out, const int* __restrict__ tokens, const int* __restrict__ position,
+                                        const floatX* __restrict__ wte, const floatX* __restrict__ wpe, int64_t N, int C) {
+    int64_t n = ((int64_t)blockIdx.x * blockDim.x + threadIdx.x) / 32;
+    if (n >= N) return;
+    const floatX* token = wte + (int64_t)tokens[n] * C;
+    const floatX* place = wpe ? wpe + (int64_t)position[n] * C : nullptr;
+    for (int c = threadIdx.x % 32 * W; c < C; c += 32 * W) {
+        Numbers<W> x = load_numbers<W>(token + c), y;
+        if (place) y = load_numbers<W>(place + c);
+        for (int k = 0; k < W; k++) x[k] += y[k];
+        store_numbers<W>(out + n * C + c, x);
+    }
+}
+
+template <int W>
+inline void encoder_forward3(cudaStream_t stream, floatX* out, const int* tokens, const int* position, const floatX* wte, const floatX* wpe, int64_t N,
+                             int64_t C) {
+    encoder_forward_kernel3<W><<<(unsigned)ceil_div(N, 8), 256, 0, stream>>>(out, tokens, position, wte, wpe, N, (int)C);
+    LAUNCH_CHECK();
+}
+
 static void forward(int version, cudaStream_t stream, floatX* out, const int* tokens, const int* position, const floatX* wte, const floatX* wpe, int64_t N,
                     int64_t C) {
     if (version == 1) {
         encoder_forward_kernel1<<<(unsigned)ceil_div(N * C, 256), 256, 0, stream>>>(out, tokens, position, wte, wpe, N, C);
         LAUNCH_CHECK();
-    } else if (version == 2) {
-        encoder_forward3<1>(stream, out, tokens, position, wte, wpe, N, C);
+    } else if (version < 4) {
+        constexpr int W = Packed<floatX>::size;
+        (version == 3 && C % W == 0 ? encoder_forward3<W> : encoder_forward3<1>)(stream, out, tokens, position, wte, wpe, N, C);
     } else {
         encoder_forward(stream, out, tokens, position, wte, wpe, N, C);
     }
 }
 
 // ---- backward ------------------------------------------------------------------------------------------------------------------------------------------
+
+constexpr int PIECE = 64;  // entries of the sorted list that a block of versions 3 and 4 adds up
+
+// Temporary memory of the sort: as for 31-bit keys, which need the most.
+inline int64_t sort_rows_temporary(int64_t N) {
+    size_t bytes = 0;
+    const unsigned* keys = nullptr;
+    const int* rows = nullptr;
+    CUDA_CHECK(cub::DeviceRadixSort::SortPairs(nullptr, bytes, keys, (unsigned*)nullptr, rows, (int*)nullptr, (int)N, 0, 31));
+    return (int64_t)bytes;
+}
+
+template <class T>
+__global__ void count_up_kernel(T* x, int n) {
+    int i = blockIdx.x * blockDim.x + threadIdx.x;
+    if (i < n) x[i] = i;
+}
+
+// order (N): the row numbers 0 ... N−1 by their key, rows of equal keys in their own order (radix sort is stable); sorted (N): the keys in that order.
+// keys (N) in [0, bound).
+inline void sort_rows(cudaStream_t stream, int* sorted, int* order, const int* keys, int64_t N, int64_t bound, Scratch scratch) {
+    int* rows = scratch.take<int>(N);
+    size_t bytes = (size_t)sort_rows_temporary(N);
+    void* temporary = scratch.take<char>((int64_t)bytes);
+    int bits = 1;
+    while (((int64_t)1 << bits) < bound) bits++;
+    count_up_kernel<<<(unsigned)ceil_div(N, 256), 256, 0, stream>>>(rows, (int)N);
+    LAUNCH_CHECK();
+    CUDA_CHECK(cub::DeviceRadixSort::SortPairs(temporary, bytes, (const unsigned*)keys, (unsigned*)sorted, rows, order, (int)N, 0, bits, stream));
+}
 
 // Block v: each of its threads looks at one of 256 entries at a time; if one of them is v, all threads look for it, and add its row channel by channel.
 __global__ void encoder_backward_kernel1(float* dtable, const floatX* dout, const int* keys, int64_t N, int64_t C) {
@@ -91,8 +155,8 @@ __global__ void __launch_bounds__(256)
     int chunks = (int)ceil_div(C, 32 * W);
     int64_t task = ((int64_t)blockIdx.x * blockDim.x + threadIdx.x) / 32, piece = task / chunks;
     int c = ((int)(task % chunks) * 32 + threadIdx.x % 32) * W;
-    if (piece * ENCODER_PIECE >= N || c >= C) return;
-    int begin = (int)piece * ENCODER_PIECE, end = (int)min((piece + 1) * ENCODER_PIECE, (int64_t)N);
+    if (piece * PIECE >= N || c >= C) return;
+    int begin = (int)piece * PIECE, end = (int)min((piece + 1) * PIECE, (int64_t)N);
 
     int run = sorted[begin];
     bool began_before = begin > 0 && sorted[begin - 1] == run;
@@ -139,15 +203,15 @@ __global__ void __launch_bounds__(256) encoder_join_kernel3(float* __restrict__ 
                                                             const int* __restrict__ sorted, int N, int C) {
     constexpr int WARPS = 8;
     __shared__ float parts[WARPS][32 * W];
-    int piece = blockIdx.x, pieces = gridDim.x, begin = piece * ENCODER_PIECE;
+    int piece = blockIdx.x, pieces = gridDim.x, begin = piece * PIECE;
     if (piece + 1 == pieces) return;
-    int end = begin + ENCODER_PIECE, run = sorted[end];
+    int end = begin + PIECE, run = sorted[end];
     if (sorted[end - 1] != run || (begin > 0 && sorted[begin - 1] == run)) return;  // not cut; or it began before this piece
 
     int last = piece + 1, beyond = pieces;  // the last piece that begins with this run
     while (beyond - last > 1) {
         int middle = (last + beyond) / 2;
-        (sorted[middle * ENCODER_PIECE] == run ? last : beyond) = middle;
+        (sorted[middle * PIECE] == run ? last : beyond) = middle;
     }
 
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32, c = (blockIdx.y * 32 + lane) * W;
@@ -169,39 +233,200 @@ __global__ void __launch_bounds__(256) encoder_join_kernel3(float* __restrict__ 
     store_numbers<W>(dtable + (int64_t)run * C + c, total);
 }
 
-static void backward(int version, cudaStream_t stream, float* dtable, const floatX* dout, const int* keys, int64_t N, int64_t C, int64_t bound,
-                     Scratch scratch) {
-    if (version == 1) {
-        encoder_backward_kernel1<<<(unsigned)bound, 256, 0, stream>>>(dtable, dout, keys, N, C);
-    } else {
-        int *sorted = scratch.take<int>(N), *order = scratch.take<int>(N);
-        sort_rows(stream, sorted, order, keys, N, bound, scratch);
-        if (version == 3) {
-            int64_t pieces = ceil_div(N, ENCODER_PIECE);
-            float *head = scratch.take<float>(pieces * C), *tail = scratch.take<float>(pieces * C);
-            constexpr int W = Packed<floatX>::size;
-            bool vectors = C % W == 0;
-            int64_t warps = pieces * ceil_div(C, 32 * (vectors ? W : 1));
-            (vectors ? encoder_backward_kernel3<W> : encoder_backward_kernel3<1>)<<<(unsigned)ceil_div(warps, 8), 256, 0, stream>>>(
-                dtable, head, tail, dout, sorted, order, (int)N, (int)C);
-            dim3 grid((unsigned)pieces, (unsigned)ceil_div(C, 32 * (vectors ? 4 : 1)));
-            (vectors ? encoder_join_kernel3<4> : encoder_join_kernel3<1>)<<<grid, 256, 0, stream>>>(dtable, head, tail, sorted, (int)N, (int)C);
-            LAUNCH_CHECK();
-            return;
-        }
-        encoder_backward_kernel2<<<dim3((unsigned)N, (unsigned)ceil_div(C, 256)), 256, 0, stream>>>(dtable, dout, sorted, order, N, C);
+// A block takes one piece, a warp 32·W channels of one run in it at a time. head, tail (pieces,C) are written only where a run is cut.
+template <int W>
+__global__ void __launch_bounds__(256)
+    encoder_backward_kernel4(float* __restrict__ dtable, float* __restrict__ head, float* __restrict__ tail, const floatX* __restrict__ dout,
+                             const int* __restrict__ sorted, const int* __restrict__ order, int N, int C) {
+    constexpr int BATCH = 8;                                                   // rows in flight
+    __shared__ int keys[PIECE + 2], rows[PIECE], starts[PIECE + 1], num_runs;  // keys[i + 1] is entry i's
+    int64_t piece = blockIdx.x;
+    int begin = (int)piece * PIECE, count = min(PIECE, N - begin), t = threadIdx.x, lane = t % 32;
+    if (t < PIECE + 2) {
+        int i = begin + t - 1;
+        keys[t] = i >= 0 && i < N ? sorted[i] : -1;
+    } else if (t >= 96 && t - 96 < count) {
+        rows[t - 96] = order[begin + t - 96];
     }
-    LAUNCH_CHECK();
+    __syncthreads();
+    if (t < 32) {  // lane i looks at entries i and 32 + i
+        unsigned first = __ballot_sync(0xffffffff, lane < count && (lane == 0 || keys[lane] != keys[lane + 1]));
+        unsigned second = __ballot_sync(0xffffffff, lane + 32 < count && keys[lane + 32] != keys[lane + 33]), before = (1u << lane) - 1;
+        if (first >> lane & 1) starts[__popc(first & before)] = lane;
+        if (second >> lane & 1) starts[__popc(first) + __popc(second & before)] = lane + 32;
+        if (lane == 0) {
+            num_runs = __popc(first) + __popc(second);
+            starts[num_runs] = count;
+        }
+    }
+    __syncthreads();
+
+    int chunks = (int)ceil_div(C, 32 * W);
+    for (int task = t / 32; task < num_runs * chunks; task += 8) {
+        int run = task / chunks, c = (task % chunks * 32 + lane) * W, i0 = starts[run], end = starts[run + 1], key = keys[i0 + 1];
+        if (c >= C) continue;
+        bool began_before = i0 == 0 && keys[0] == key, goes_on = end == count && keys[count + 1] == key;
+        float* to = began_before ? head + piece * C + c : goes_on ? tail + piece * C + c : dtable + (int64_t)key * C + c;
+        Numbers<W> sum;
+        if (!began_before && !goes_on) sum = load_numbers<W>(to);
+        for (; i0 < end; i0 += BATCH) {
+            Numbers<W> row[BATCH];  // zeros behind the end
+#pragma unroll
+            for (int j = 0; j < BATCH; j++)
+                if (i0 + j < end) row[j] = load_numbers<W>(dout + (int64_t)rows[i0 + j] * C + c);
+#pragma unroll
+            for (int j = 0; j < BATCH; j++)
+                for (int k = 0; k < W; k++) sum[k] += row[j][k];
+        }
+        store_numbers<W>(to, sum);
+    }
 }
 
-static void backward(int version, cudaStream_t stream, float* dwte, float* dwpe, const floatX* dout, const int* tokens, const int* position,
-                     const int* cu_seqlens, int num_seqs, int64_t N, int64_t C, int64_t V, int64_t T, Scratch scratch) {
-    if (version == 4) {
-        encoder_backward(stream, dwte, dwpe, dout, tokens, cu_seqlens, num_seqs, (int)T, N, C, V, scratch);
-        return;
+// Block (piece, 32·W channels): if a run begins in this piece and is cut at its end, its parts are added: this piece's tail and the heads of all pieces that
+// the run reaches. Warp w takes the parts w, w+8, ...
+template <int W>
+__global__ void __launch_bounds__(256) encoder_join_kernel4(float* __restrict__ dtable, const float* __restrict__ head, const float* __restrict__ tail,
+                                                            const int* __restrict__ sorted, int N, int C) {
+    constexpr int WARPS = 8;
+    __shared__ float parts[WARPS][32 * W];
+    int piece = blockIdx.x, pieces = gridDim.x, begin = piece * PIECE;
+    if (piece + 1 == pieces) return;
+    int end = begin + PIECE, run = sorted[end];
+    if (sorted[end - 1] != run || (begin > 0 && sorted[begin - 1] == run)) return;  // not cut; or it began before this piece
+
+    int last = piece;  // the last piece that begins with this run; a thread looks at one piece
+    for (int found = 256; found == 256; last += found) {
+        int q = last + 1 + threadIdx.x;
+        found = __syncthreads_count(q < pieces && sorted[q * PIECE] == run);
     }
-    backward(version, stream, dwte, dout, tokens, N, C, V, scratch);
-    if (dwpe) backward(version, stream, dwpe, dout, position, N, C, T, scratch);
+
+    int lane = threadIdx.x % 32, warp = threadIdx.x / 32, c = (blockIdx.y * 32 + lane) * W;
+    Numbers<W> sum;
+    if (c < C) {
+        if (warp == 0) sum = load_numbers<W>(tail + (int64_t)piece * C + c);
+#pragma unroll 4
+        for (int q = piece + 1 + warp; q <= last; q += WARPS) {
+            Numbers<W> part = load_numbers<W>(head + (int64_t)q * C + c);
+            for (int k = 0; k < W; k++) sum[k] += part[k];
+        }
+    }
+    for (int k = 0; k < W; k++) parts[warp][k * 32 + lane] = sum[k];
+    __syncthreads();
+    if (warp > 0 || c >= C) return;
+    Numbers<W> total = load_numbers<W>(dtable + (int64_t)run * C + c);
+    for (int w = 0; w < WARPS; w++)
+        for (int k = 0; k < W; k++) total[k] += parts[w][k * 32 + lane];
+    store_numbers<W>(dtable + (int64_t)run * C + c, total);
+}
+
+// dwpe[p] += Σ over the sequences longer than p of row p of dout's. Block (position, 32·W channels): warp w takes the sequences w, w+8, ...
+template <int W>
+__global__ void __launch_bounds__(256)
+    encoder_position_kernel4(float* __restrict__ dwpe, const floatX* __restrict__ dout, const int* __restrict__ cu_seqlens, int num_seqs, int C) {
+    constexpr int WARPS = 8, BATCH = 8;
+    __shared__ float parts[WARPS][32 * W];
+    int position = blockIdx.x, lane = threadIdx.x % 32, warp = threadIdx.x / 32, c = (blockIdx.y * 32 + lane) * W;
+    Numbers<W> sum;
+    if (c < C) {
+        for (int s0 = warp; s0 < num_seqs; s0 += WARPS * BATCH) {
+            int row[BATCH];
+#pragma unroll
+            for (int j = 0; j < BATCH; j++) {
+                int s = s0 + j * WARPS, begin = s < num_seqs ? cu_seqlens[s] : 0, end = s < num_seqs ? cu_seqlens[s + 1] : 0;
+                row[j] = begin + position < end ? begin + position : -1;
+            }
+            Numbers<W> x[BATCH];  // zeros for sequences that are too short
+#pragma unroll
+            for (int j = 0; j < BATCH; j++)
+                if (row[j] >= 0) x[j] = load_numbers<W>(dout + (int64_t)row[j] * C + c);
+#pragma unroll
+            for (int j = 0; j < BATCH; j++)
+                for (int k = 0; k < W; k++) sum[k] += x[j][k];
+        }
+    }
+    for (int k = 0; k < W; k++) parts[warp][k * 32 + lane] = sum[k];
+    __syncthreads();
+    for (int i = threadIdx.x; i < 32 * W; i += 256) {
+        int channel = blockIdx.y * 32 * W + i;
+        if (channel >= C) continue;
+        float total = 0;
+        for (int w = 0; w < WARPS; w++) total += parts[w][i % W * 32 + i / W];
+        dwpe[(int64_t)position * C + channel] += total;
+    }
+}
+
+// The rows in the order of their keys.
+struct Sorted {
+    int *keys, *order;
+    Sorted(cudaStream_t stream, const int* unsorted, int64_t N, int64_t bound, Scratch& scratch) {
+        keys = scratch.take<int>(N), order = scratch.take<int>(N);
+        sort_rows(stream, keys, order, unsorted, N, bound, scratch);
+    }
+};
+
+static void backward2(cudaStream_t stream, float* dtable, const floatX* dout, const int* keys, int64_t N, int64_t C, int64_t bound, Scratch scratch) {
+    Sorted sorted(stream, keys, N, bound, scratch);
+    encoder_backward_kernel2<<<dim3((unsigned)N, (unsigned)ceil_div(C, 256)), 256, 0, stream>>>(dtable, dout, sorted.keys, sorted.order, N, C);
+}
+
+static void backward3(cudaStream_t stream, float* dtable, const floatX* dout, const int* keys, int64_t N, int64_t C, int64_t bound, Scratch scratch) {
+    constexpr int W = Packed<floatX>::size;
+    bool vectors = C % W == 0;
+    Sorted sorted(stream, keys, N, bound, scratch);
+    int64_t pieces = ceil_div(N, PIECE), warps = pieces * ceil_div(C, 32 * (vectors ? W : 1));
+    float *head = scratch.take<float>(pieces * C), *tail = scratch.take<float>(pieces * C);
+    (vectors ? encoder_backward_kernel3<W> : encoder_backward_kernel3<1>)<<<(unsigned)ceil_div(warps, 8), 256, 0, stream>>>(
+        dtable, head, tail, dout, sorted.keys, sorted.order, (int)N, (int)C);
+    dim3 grid((unsigned)pieces, (unsigned)ceil_div(C, 32 * (vectors ? 4 : 1)));
+    (vectors ? encoder_join_kernel3<4> : encoder_join_kernel3<1>)<<<grid, 256, 0, stream>>>(dtable, head, tail, sorted.keys, (int)N, (int)C);
+}
+
+static void backward4(cudaStream_t stream, float* dwte, float* dwpe, const floatX* dout, const int* tokens, const int* cu_seqlens, int num_seqs, int max_len,
+                      int64_t N, int64_t C, int64_t V, Scratch scratch) {
+    constexpr int W = Packed<floatX>::size;
+    bool vectors = C % W == 0;
+    if (dwpe) {
+        dim3 grid((unsigned)max_len, (unsigned)ceil_div(C, 32 * (vectors ? W : 1)));
+        (vectors ? encoder_position_kernel4<W> : encoder_position_kernel4<1>)<<<grid, 256, 0, stream>>>(dwpe, dout, cu_seqlens, num_seqs, (int)C);
+    }
+    Sorted sorted(stream, tokens, N, V, scratch);
+    int64_t pieces = ceil_div(N, PIECE);
+    float *head = scratch.take<float>(pieces * C), *tail = scratch.take<float>(pieces * C);
+    (vectors ? encoder_backward_kernel4<W> : encoder_backward_kernel4<1>)<<<(unsigned)pieces, 256, 0, stream>>>(dwte, head, tail, dout, sorted.keys,
+                                                                                                                sorted.order, (int)N, (int)C);
+    dim3 grid((unsigned)pieces, (unsigned)ceil_div(C, 32 * (vectors ? 4 : 1)));
+    (vectors ? encoder_join_kernel4<4> : encoder_join_kernel4<1>)<<<grid, 256, 0, stream>>>(dwte, head, tail, sorted.keys, (int)N, (int)C);
+}
+
+// Of all versions.
+static int64_t backward_scratch(int64_t N, int64_t C) {
+    int64_t list = N * (int64_t)sizeof(int), parts = ceil_div(N, PIECE) * C * (int64_t)sizeof(float);
+    return std::max(encoder_backward_scratch(N, C), scratch_bytes({list, list, list, sort_rows_temporary(N), parts, parts}));
+}
+
+// dwpe may be null.
+static void backward(int version, cudaStream_t stream, float* dwte, float* dwpe, const floatX* dout, const int* tokens, const int* position, int* plan,
+                     const int* cu_seqlens, int num_seqs, int64_t N, int64_t C, int64_t V, int64_t T, Scratch scratch) {
+    switch (version) {
+        case 1:
+            encoder_backward_kernel1<<<(unsigned)V, 256, 0, stream>>>(dwte, dout, tokens, N, C);
+            if (dwpe) encoder_backward_kernel1<<<(unsigned)T, 256, 0, stream>>>(dwpe, dout, position, N, C);
+            break;
+        case 2:
+            backward2(stream, dwte, dout, tokens, N, C, V, scratch);
+            if (dwpe) backward2(stream, dwpe, dout, position, N, C, T, scratch);
+            break;
+        case 3:
+            backward3(stream, dwte, dout, tokens, N, C, V, scratch);
+            if (dwpe) backward3(stream, dwpe, dout, position, N, C, T, scratch);
+            break;
+        case 4:
+            backward4(stream, dwte, dwpe, dout, tokens, cu_seqlens, num_seqs, (int)T, N, C, V, scratch);
+            break;
+        default:
+            encoder_backward(stream, dwte, dwpe, dout, tokens, plan, cu_seqlens, num_seqs, (int)T, N, C, scratch);
+    }
+    LAUNCH_CHECK();
 }
 
 // ---- the ladders ---------------------------------------------------------------------------------------------------------------------------------------
@@ -276,15 +501,15 @@ static void check_backward(Ladder& ladder, const Shape& s) {
     std::vector<float> dwte_reference = dwte, dwpe_reference = dwpe;
     cpu::encoder_backward(dwte_reference.data(), s.T ? dwpe_reference.data() : nullptr, dout.data(), tokens.data(), position.data(), s.N, s.C);
 
-    DeviceArray<int> d_tokens(tokens), d_position(position), d_cu(cu);
+    DeviceArray<int> d_tokens(tokens), d_position(position), d_cu(cu), plan(encoder_plan(tokens, s.V, s.C));
     DeviceArray<floatX> d_dout(dout);
     DeviceArray<float> d_dwte(s.V * s.C), d_dwpe(s.T * s.C);
-    DeviceArray<char> memory(encoder_backward_scratch(s.N, s.C));
+    DeviceArray<char> memory(backward_scratch(s.N, s.C));
     std::vector<Output> outputs = {accumulated("dwte", d_dwte, dwte, dwte_reference, 2e-5)};
     if (s.T) outputs.push_back(accumulated("dwpe", d_dwpe, dwpe, dwpe_reference, 2e-5));
     ladder.check(s.name(), outputs, [&](int version) {
         CUDA_CHECK(cudaMemsetAsync(memory, 0xff, memory.size, ladder.stream));  // nothing may hang on what is in it
-        backward(version, ladder.stream, d_dwte, s.T ? d_dwpe.data : nullptr, d_dout, d_tokens, d_position, d_cu, (int)cu.size() - 1, s.N, s.C, s.V, s.T,
+        backward(version, ladder.stream, d_dwte, s.T ? d_dwpe.data : nullptr, d_dout, d_tokens, d_position, plan, d_cu, (int)cu.size() - 1, s.N, s.C, s.V, s.T,
                  {memory, memory.size});
         return true;
     });
@@ -303,14 +528,14 @@ static void time_forward(Ladder& ladder, const Shape& s) {
 
 static void time_backward(Ladder& ladder, const Shape& s) {
     std::vector<int> tokens = make_tokens(s), position = make_positions(s), cu = make_cu_seqlens(s);
-    DeviceArray<int> d_tokens(tokens), d_position(position), d_cu(cu);
+    DeviceArray<int> d_tokens(tokens), d_position(position), d_cu(cu), plan(encoder_plan(tokens, s.V, s.C));
     DeviceArray<floatX> dout(repeated_numbers(s.N * s.C, 1));
     DeviceArray<float> dwte(std::vector<float>(s.V * s.C)), dwpe(std::vector<float>(s.T * s.C));
-    DeviceArray<char> memory(encoder_backward_scratch(s.N, s.C));
+    DeviceArray<char> memory(backward_scratch(s.N, s.C));
     double rows = (double)(distinct(tokens) + distinct(position));
     ladder.time(s.name(), {2.0 * s.N * s.C, (double)s.N * s.C * sizeof(floatX) + rows * s.C * 2 * sizeof(float)}, [&](int version) {
         if (version < 3 && s.text == ONE_TOKEN) return false;  // all of it one block's work: a tenth of a second and more
-        backward(version, ladder.stream, dwte, dwpe, dout, d_tokens, d_position, d_cu, (int)cu.size() - 1, s.N, s.C, s.V, s.T, {memory, memory.size});
+        backward(version, ladder.stream, dwte, dwpe, dout, d_tokens, d_position, plan, d_cu, (int)cu.size() - 1, s.N, s.C, s.V, s.T, {memory, memory.size});
         return true;
     });
 }
@@ -332,14 +557,14 @@ int main(int argc, char** argv) {
     };
     const Shape gpt2 = {65536, 768, 50304, 1024, ZIPF}, one_token = {65536, 768, 50304, 1024, ONE_TOKEN};
 
-    Ladder forward_ladder("encoder_forward", {"a thread a number", "a warp a row", "16-byte accesses"}, argc, argv);
+    Ladder forward_ladder("encoder_forward", {"a thread a number", "a warp a row", "16-byte accesses", "all reads of a thread at once (in use)"}, argc, argv);
     for (const Shape& s : shapes) check_forward(forward_ladder, s);
     time_forward(forward_ladder, gpt2);
     int failed = forward_ladder.finish();
 
     Ladder backward_ladder("encoder_backward",
                            {"a block a table row, which searches its tokens", "sorted by token: a block a run", "pieces of the sorted list",
-                            "positions without sorting; runs shared out (in use)"},
+                            "positions without sorting; runs shared out", "sorted on the host; slices that stay in the L2 cache (in use)"},
                            argc, argv);
     for (const Shape& s : shapes) check_backward(backward_ladder, s);
     time_backward(backward_ladder, gpt2);

@@ -1,8 +1,12 @@
-// The GPU's trainer against the CPU's: random models of every attention layer, many steps, run-to-run identity, recomputation, decoding in any chunking.
+// The GPU's trainer against the CPU's: random models of every attention layer, many steps, run-to-run identity, recomputation, decoding in any chunking; and
+// extend() against forward() of the same trainer: texts, ragged prefill, forks, windows, long contexts.
 //
 //     build/cuda/gpu_tests            all            build/cuda/gpu_tests 17      the random model number 17 alone
+//     build/cuda/gpu_tests text fork  the groups of tests whose names contain one of these (they are listed above main)
 //
 // Both trainers stand in this program: train_gpt2.cpp is included, train_gpt2.cu linked. test_gpt2cu holds the comparison with PyTorch.
+#include <set>
+
 #define GPT2_NO_MAIN
 #define make_trainer make_cpu_trainer
 #define trainer_on_gpu trainer_on_cpu
@@ -321,20 +325,299 @@ static void test_divergence() {
     }
 }
 
+// --------------------------------------------------------------------------------------------------------------------------------------------------
+// extend() against forward()
+
+// Every layer, with the options that go other ways through extend(). Of MLA's the second has widths at which each of its three forms is the cheapest
+// somewhere (attention.cuh).
+static std::vector<Model> extend_models(int max_seq) {
+    std::vector<Model> list;
+    for (const char* attention : {"causal", "causal:kv-heads=2", "infini:segment=24", "infini:segment=24:memory-update=delta:kv-heads=1", "lightning", "mla",
+                                  "mla:kv-lora-rank=256:qk-nope-dim=64:qk-rope-dim=32:v-dim=64", "mla:q-lora-rank=40",
+                                  "mla:qk-rope-dim=0:qk-nope-dim=20:v-dim=24", "lightning,causal:window=20", "infini:segment=40,mla"})
+        list.push_back(make_model(257, max_seq, 2, 4, 128, attention, std::string(attention) == "causal" ? "learned" : ""));
+    return list;
+}
+
+// One sequence, or several, that grow by extend(). The logits of a sequence's last token stand in `logits` (sequences, V).
+struct Growing {
+    Trainer& trainer;
+    std::vector<int> sequences, done;
+    Numbers logits;
+    Growing(Trainer& t, int count) : trainer(t), done(count, 0), logits(count * (size_t)t.config.vocab_size, NAN) {
+        for (int s = 0; s < count; s++) sequences.push_back(t.new_sequence());
+    }
+    ~Growing() {
+        for (int s : sequences) trainer.free_sequence(s);
+    }
+    const float* of(int s) const { return &logits[s * (size_t)trainer.config.vocab_size]; }
+    // The next n[s] tokens of each text.
+    void extend(const std::vector<const int*>& texts, const std::vector<int>& n) {
+        Batch b;
+        b.cu_seqlens = {0};
+        for (size_t s = 0; s < n.size(); s++) {
+            b.tokens.insert(b.tokens.end(), texts[s] + done[s], texts[s] + done[s] + n[s]);
+            b.cu_seqlens.push_back((int)b.tokens.size());
+            done[s] += n[s];
+        }
+        trainer.extend(b, sequences, logits.data());
+    }
+    void extend(const std::vector<int>& text, int n) { extend(std::vector<const int*>{text.data()}, std::vector<int>{n}); }
+};
+
+static Numbers forward_logits(Trainer& t, const std::vector<std::vector<int>>& texts) {
+    Batch b;
+    b.cu_seqlens = {0};
+    for (const std::vector<int>& text : texts) {
+        b.tokens.insert(b.tokens.end(), text.begin(), text.end());
+        b.cu_seqlens.push_back((int)b.tokens.size());
+    }
+    b.targets.assign(b.tokens.size(), -1);
+    Numbers logits(b.tokens.size() * (size_t)t.config.vocab_size);
+    t.forward(b, Pass(), nullptr, logits.data());
+    return logits;
+}
+static std::vector<int> random_text(Dice& dice, const ModelConfig& c, int n) {
+    std::vector<int> text;
+    for (int i = 0; i < n; i++) text.push_back(dice(0, c.vocab_size - 1));
+    return text;
+}
+static double row_error(const float* out, const float* ref, int V) {
+    return distance(Numbers(out, out + V), Numbers(ref, ref + V)) / norm(Numbers(ref, ref + V));
+}
+
+// The largest of a row of logits, and how far it is above the second, in units of the row's root mean square.
+struct Best {
+    int token = 0;
+    double margin;
+    Best(const float* row, int V) {
+        for (int v = 1; v < V; v++)
+            if (row[v] > row[token]) token = v;
+        float second = -INFINITY;
+        for (int v = 0; v < V; v++)
+            if (v != token) second = std::max(second, row[v]);
+        margin = (row[token] - second) / (norm(Numbers(row, row + V)) / std::sqrt((double)V));
+    }
+};
+
+// Tolerances of a row of logits and of the margin from which on the next token must be the same. In bf16 the models are as ill-conditioned as the random ones.
+struct Tolerance {
+    double logits, margin;
+    explicit Tolerance(const std::string& dtype) : logits(dtype == "float32" ? 1e-4 : 6e-2), margin(dtype == "float32" ? 1e-3 : 0.25) {}
+};
+
+// A text that the model writes greedily behind a prompt, with every next token found anew from the whole text: and then the same text by other ways.
+struct GreedyText {
+    std::vector<int> tokens;
+    int prompt;
+    Numbers logits;  // (tokens − prompt, V): by which each new token was chosen
+    GreedyText(Trainer& t, std::vector<int> start, int count) : tokens(std::move(start)), prompt((int)tokens.size()) {
+        int V = t.config.vocab_size;
+        for (int i = 0; i < count; i++) {
+            Numbers all = forward_logits(t, {tokens});
+            logits.insert(logits.end(), all.end() - V, all.end());
+            tokens.push_back(Best(&all[all.size() - V], V).token);
+        }
+    }
+    // The prompt in pieces of `chunk` tokens, the rest one by one.
+    void check(Trainer& t, const std::string& name, int chunk, const Tolerance& tolerance) const {
+        int V = t.config.vocab_size, count = (int)tokens.size() - prompt, decided = 0, wrong = 0;
+        double worst = 0;
+        Growing g(t, 1);
+        while (g.done[0] < prompt) g.extend(tokens, std::min(chunk, prompt - g.done[0]));
+        for (int i = 0; i < count; i++) {
+            if (i > 0) g.extend(tokens, 1);
+            const float* ref = &logits[i * (size_t)V];
+            double e = row_error(g.of(0), ref, V);
+            if (!(e <= worst)) worst = e;
+            if (Best(ref, V).margin <= tolerance.margin) continue;
+            decided++;
+            wrong += Best(g.of(0), V).token != tokens[prompt + i];
+        }
+        row(name, format("%d of %d tokens differ where the margin decides, of %d; worst row %.2e", wrong, decided, count, worst),
+            wrong == 0 && decided >= count / 4 && worst <= tolerance.logits);
+    }
+};
+
+static void test_text() {
+    for (const char* dtype : {"float32", "bf16"})
+        for (const Model& m : extend_models(256)) {
+            Dice dice = {11};
+            std::vector<int> start = random_text(dice, m.config, 131);
+            std::unique_ptr<GreedyText> text;
+            for (int page : {64, 16, 1}) {
+                TrainerOptions o = options_for(256, dtype);
+                o.page_size = page;
+                std::unique_ptr<Trainer> gpu = make_trainer(m.config, o);
+                set_parameters(*gpu, 21);
+                if (!text) text = std::make_unique<GreedyText>(*gpu, start, 40);
+                std::string name = format("text, %s, %s, pages of %d, chunks of ", m.text.c_str(), dtype, page);
+                for (int chunk : std::set<int>{1, 7, page, 256}) text->check(*gpu, name + std::to_string(chunk), chunk, Tolerance(dtype));
+            }
+        }
+}
+
+// Ragged prefill from nothing; then batches in which some texts have a long past, others none, and one gets nothing. In the second call, few tokens on long
+// pasts beside many on none, MLA's merged form is the cheapest (the model with d_c 256).
+static void test_ragged() {
+    for (const char* dtype : {"float32", "bf16"})
+        for (const Model& m : extend_models(2048)) {
+            Dice dice = {12};
+            int V = m.config.vocab_size;
+            std::vector<std::vector<int>> pieces = {
+                {900, 1, 63, 64, 65, 1000, 0, 0}, {2, 0, 2, 1, 1, 2, 700, 1000}, {1, 1, 1, 1, 1, 1, 1, 1}, {3, 40, 17, 2, 64, 70, 0, 9}};
+            std::vector<std::vector<int>> texts(8);
+            for (int s = 0; s < 8; s++) {
+                int n = 0;
+                for (const auto& p : pieces) n += p[s];
+                texts[s] = random_text(dice, m.config, n);
+            }
+            std::unique_ptr<Trainer> gpu = make_trainer(m.config, options_for(4200, dtype));
+            set_parameters(*gpu, 22);
+            Numbers refs = forward_logits(*gpu, texts);
+            std::vector<const int*> tokens;
+            std::vector<int> first;
+            for (const auto& text : texts) {
+                first.push_back(first.empty() ? 0 : first.back() + (int)texts[first.size() - 1].size());
+                tokens.push_back(text.data());
+            }
+            Growing g(*gpu, 8);
+            for (size_t p = 0; p < pieces.size(); p++) {
+                g.extend(tokens, pieces[p]);
+                double worst = 0;
+                for (int s = 0; s < 8; s++) {
+                    if (pieces[p][s] == 0) continue;
+                    double e = row_error(g.of(s), &refs[(first[s] + g.done[s] - 1) * (size_t)V], V);
+                    if (!(e <= worst)) worst = e;
+                }
+                row(format("ragged, %s, %s, call %zu", m.text.c_str(), dtype, p), format("worst row %.2e", worst), worst <= Tolerance(dtype).logits);
+            }
+        }
+}
+
+// Two samples of one prompt whose last page is half full diverge, the prompt goes on too, and a fourth is forked from a sample: each is its own text.
+static void test_forks() {
+    for (const char* dtype : {"float32", "bf16"})
+        for (const Model& m : extend_models(256)) {
+            Dice dice = {13};
+            int V = m.config.vocab_size;
+            TrainerOptions o = options_for(400, dtype);
+            o.page_size = 16;
+            std::unique_ptr<Trainer> gpu = make_trainer(m.config, o);
+            set_parameters(*gpu, 23);
+            std::vector<std::vector<int>> texts(4, random_text(dice, m.config, 70));
+            Growing g(*gpu, 1);
+            g.extend(texts[0], 70);
+            for (int s = 1; s < 3; s++) g.sequences.push_back(gpu->fork_sequence(g.sequences[0])), g.done.push_back(70);
+            g.logits.assign(4 * (size_t)V, NAN);
+            for (int s = 0; s < 3; s++)
+                for (int token : random_text(dice, m.config, 23)) texts[s].push_back(token);
+            size_t bytes = gpu->state_bytes();
+            g.extend({texts[0].data(), texts[1].data(), texts[2].data()}, {1, 0, 3});
+            g.extend({texts[0].data(), texts[1].data(), texts[2].data()}, {0, 20, 2});
+            texts[3] = texts[1];
+            for (int token : random_text(dice, m.config, 5)) texts[3].push_back(token);
+            texts[3].resize(95);
+            std::copy_n(texts[1].begin(), 90, texts[3].begin());
+            g.sequences.push_back(gpu->fork_sequence(g.sequences[1]));
+            g.done.push_back(90);
+            std::vector<const int*> tokens;
+            for (const auto& text : texts) tokens.push_back(text.data());
+            g.extend(tokens, {22, 3, 18, 5});
+            Numbers refs = forward_logits(*gpu, texts);
+            double worst = 0;
+            int end = 0;
+            for (int s = 0; s < 4; s++) {
+                end += (int)texts[s].size();
+                double e = row_error(g.of(s), &refs[(end - 1) * (size_t)V], V);
+                if (!(e <= worst) || g.done[s] != (int)texts[s].size()) worst = e;
+            }
+            row(format("forks, %s, %s", m.text.c_str(), dtype), format("worst row %.2e", worst),
+                worst <= Tolerance(dtype).logits && gpu->state_bytes() > bytes);
+        }
+}
+
+// A window over the decode states, behind which pages are given back: the model whose layer has that window, and for MLA, which has no such option, the CPU's.
+static void test_window() {
+    for (const char* dtype : {"float32", "bf16"})
+        for (const char* attention : {"causal", "causal:kv-heads=1", "mla", "lightning,mla:q-lora-rank=24"}) {
+            bool causal = attention[0] == 'c';
+            Model m = make_model(257, 2048, 2, 4, 128, attention, causal ? "rope" : "");
+            Model narrow = causal ? make_model(257, 2048, 2, 4, 128, format("%s:window=20", attention), "rope") : m;
+            TrainerOptions o = options_for(400, dtype);
+            o.window = 20;
+            o.page_size = 8;
+            std::unique_ptr<Trainer> gpu = make_trainer(m.config, o);
+            TrainerOptions plain = options_for(400, causal ? dtype : "");
+            if (!causal) plain.window = 20;
+            std::unique_ptr<Trainer> reference = causal ? make_trainer(narrow.config, plain) : make_cpu_trainer(m.config, plain);
+            for (Trainer* t : {gpu.get(), reference.get()}) set_parameters(*t, 24);
+            Dice dice = {14};
+            std::vector<int> text = random_text(dice, m.config, 330);
+            Growing g(*gpu, 1), r(*reference, 1);
+            double worst = 0;
+            size_t bytes = 0;
+            for (int n : {40, 1, 1, 17, 100, 1, 30, 1, 1, 1, 120, 3, 14}) {
+                g.extend(text, n);
+                r.extend(text, n);
+                double e = row_error(g.of(0), r.of(0), m.config.vocab_size);
+                if (!(e <= worst)) worst = e;
+                if (bytes == 0) bytes = gpu->state_bytes();
+            }
+            row(format("window, %s, %s", attention, dtype), format("worst row %.2e, %zu bytes of state, %zu after 40 tokens", worst, gpu->state_bytes(), bytes),
+                worst <= Tolerance(dtype).logits && gpu->state_bytes() <= 2 * bytes);
+        }
+}
+
+// 8192 tokens at once, in chunks, and then one by one.
+static void test_long() {
+    for (const char* dtype : {"float32", "bf16"})
+        for (const char* attention : {"causal", "infini:segment=1000", "lightning", "mla", "mla:kv-lora-rank=256:qk-nope-dim=64:qk-rope-dim=32:v-dim=64"}) {
+            Model m = make_model(257, 16384, 1, 2, 64, attention, attention[0] == 'c' ? "rope" : "");
+            Dice dice = {15};
+            std::unique_ptr<Trainer> gpu = make_trainer(m.config, options_for(8300, dtype));
+            set_parameters(*gpu, 25);
+            GreedyText text(*gpu, random_text(dice, m.config, 8192), 12);
+            for (int chunk : {8192, 1000, 64}) text.check(*gpu, format("long, %s, %s, chunks of %d", attention, dtype, chunk), chunk, Tolerance(dtype));
+        }
+}
+
+static void test_random_models() {
+    for (int number = 0; number < 150; number++)
+        for (const char* dtype : {"float32", "bf16"}) test_random_model(number, dtype);
+}
+
 int main(int argc, char** argv) {
+    struct {
+        const char* name;
+        void (*run)();
+    } groups[] = {{"random models", test_random_models},
+                  {"steps", test_steps},
+                  {"identity", test_identity},
+                  {"divergence", test_divergence},
+                  {"text", test_text},
+                  {"ragged", test_ragged},
+                  {"forks", test_forks},
+                  {"window", test_window},
+                  {"long", test_long}};
+    int run = 0;
     try {
-        if (argc > 1) {
+        for (const auto& group : groups) {
+            bool wanted = argc < 2;
+            for (int i = 1; i < argc; i++) wanted = wanted || strstr(group.name, argv[i]);
+            if (wanted) group.run(), run++;
+        }
+        if (argc == 2 && isdigit(argv[1][0])) {
             for (const char* dtype : {"float32", "bf16"}) test_random_model(atoi(argv[1]), dtype);
-        } else {
-            for (int number = 0; number < 150; number++)
-                for (const char* dtype : {"float32", "bf16"}) test_random_model(number, dtype);
-            test_steps();
-            test_identity();
-            test_divergence();
+            run++;
         }
     } catch (const std::exception& e) {
         printf("FAIL  %s\n", e.what());
         failed++;
+    }
+    if (run == 0) {
+        fprintf(stderr, "error: no test is named '%s': the head of dev/test/gpu_tests.cpp says how to ask\n", argv[1]);
+        return EXIT_USAGE;
     }
     printf("%d passed, %d failed\n", passed, failed);
     return failed ? 1 : 0;

@@ -3,21 +3,14 @@
 //     s_ij = scale·q_i·k_j   for the keys j that query i sees      lse_i = ln Σ_j exp(s_ij)      o_i = Σ_j exp(s_ij − lse_i)·v_j
 //
 // Every key and value is read once and used for a few products: the time is that of the bytes, KV·(d_qk+d_v) numbers a key (d_c+d_rope where values are the
-// first part of the keys, as MLA's are), and one head of one sequence is far too little work for a whole GPU. So the keys are split (flash-decoding;
-// FlashInfer, arXiv 2501.01005): each block takes one chunk of the keys of a sequence for the queries and heads that share a kv head, and with its
+// first part of the keys, as MLA's are), and one head of one sequence is far too little work for a whole GPU. So the keys of all sequences are dealt out to as
+// many blocks as the GPU runs at a time, and what belongs together is merged by the block that comes last: decode_schedule.cuh.
 //
-//     m = max_j s_j      l = Σ_j exp(s_j − m)      it leaves   o = Σ_j exp(s_j − m)·v_j / l   and   lse = m + ln l
+//     latent_decode_kernel     Hopper's instructions: bf16, MLA's usual sizes (decode_hopper.cuh)
+//     softmax_decode_kernel4   any sizes and strides, products in float32
+//     softmax_decode_kernel5   tensor cores: bf16, 4 rows (queries × heads) and more on one kv head, sizes multiples of 8, d_v <= 512
 //
-// in scratch memory as float32. A second kernel merges a row's chunks in their order: with m = max lse_c, w_c = exp(lse_c − m)
-//
-//     o = Σ_c w_c·o_c / Σ_c w_c      lse = m + ln Σ_c w_c
-//
-// The cut follows from the shapes that the host knows alone, so that the same call gives the same bits; another cut gives the same numbers to rounding.
-//
-//     softmax_decode_kernel2   any sizes and strides, products in float32
-//     softmax_decode_kernel3   tensor cores: bf16, more than 4 rows (queries × heads) on one kv head, sizes multiples of 8, d_v <= 512
-//
-// Earlier versions and times: dev/cuda/decode.cu. Below the two, the copying of rows into pages and out of them.
+// Earlier versions and times: dev/cuda/decode.cu. Below, the copying of rows into pages and out of them.
 //
 // Pages hold what they hold: slots behind a sequence's last key are never read, page tables never beyond the last page needed.
 #pragma once
@@ -25,97 +18,107 @@
 #include <algorithm>
 #include <climits>
 
-#include "softmax.cuh"
+#include "decode_hopper.cuh"
+#include "decode_schedule.cuh"
+#include "matvec.cuh"  // launches that overlap
+#include "rope.cuh"
 #include "tensor_cores.cuh"
 
 namespace gpu {
 
 namespace decode {
 
-constexpr int THREADS = 128, WARPS = THREADS / 32;
+// ---- what both kernels need -------------------------------------------------------------------------------------------------------------------------------
 
-// ---- how the work of a launch is cut ----------------------------------------------------------------------------------------------------------------------
-// A row is a query with one of its heads. Rows of one kv head are numbered query by query, group = NH/KV heads of a query side by side.
-
-struct Plan {
-    int q0, queries;    // this launch: queries q0 ... q0+queries−1 of each sequence
-    int rows, tiles;    // rows of a block; blocks for all rows of a kv head
-    int chunk, splits;  // keys of a block; blocks for the most keys that a sequence's rows can see
-    bool vectors;       // sizes, strides and q allow accesses of 16 bytes (rows in pages are asked on the device)
-    bool latent;        // the value is the first d_v numbers of the key
-    bool direct;        // a block sees all keys of its rows: results go straight to o and lse
-    floatX* o;
+struct Result {
+    floatX* o;  // row n, head h: o[n·o_stride + h·d_v]
     int64_t o_stride;
-    float* lse;      // (NH, q_rows) or null
-    float* partial;  // (num_seqs, splits, queries, NH, record): o (d_v), lse
-    int record;
-
-    __device__ float* part(const SoftmaxAttention& a, int s, int split, int query, int h) const {
-        return partial + ((((int64_t)s * splits + split) * queries + query - q0) * a.heads + h) * record;
-    }
+    float* lse;  // (NH, q_rows) or null
 };
 
-// The keys [*begin, *end) of sequence s that some query of this launch sees, and how many queries it has there.
-__device__ inline void visible_keys(const SoftmaxAttention& a, const Plan& p, int s, int* queries, int* begin, int* end) {
-    int first = a.position(s, p.q0);
-    *queries = max(0, min(p.queries, a.q_len(s) - p.q0));
-    *begin = a.window > 0 ? max(0, first - a.window + 1) : 0;
-    *end = max(*begin, min(first + *queries, a.k_len(s)));
-}
-
-struct Block {
-    int seq, kv, split;
-    int first, rows;  // its first row; rows of this sequence and kv head in all
-    int begin, end;   // its keys
-};
-// False: nothing to do. Blocks that read the same keys are neighbours, then come those that read the same tokens: kv heads of one token stand side by side.
-__device__ inline bool find_block(const SoftmaxAttention& a, const Plan& p, Block* b) {
-    int x = blockIdx.x, queries, begin, end;
-    b->first = x % p.tiles * p.rows;
-    x /= p.tiles;
-    b->kv = x % a.kv_heads;
-    x /= a.kv_heads;
-    b->split = x % p.splits;
-    b->seq = x / p.splits;
-    visible_keys(a, p, b->seq, &queries, &begin, &end);
-    b->rows = queries * (a.heads / a.kv_heads);
-    b->begin = begin + b->split * p.chunk;
-    b->end = max(b->begin, min(b->begin + p.chunk, end));
-    return b->first < b->rows && (b->begin < b->end || p.direct);
-}
-
+// Row r of kv head x.kv0 + kv.
 struct Row {
     int query, head;  // query: counted in its sequence
-    int lo, hi;       // it sees the keys lo <= j < hi
+    int lo, hi;       // of the item's keys it sees lo <= j < hi
     __device__ bool sees(int j) const { return j >= lo && j < hi; }
 };
-// Row r of the block's rows. Behind the last one: the last one again (whose q may be read), seeing nothing.
-__device__ inline Row find_row(const SoftmaxAttention& a, const Plan& p, const Block& b, int r) {
-    int at = min(b.first + r, b.rows - 1), group = a.heads / a.kv_heads;
+// Behind the item's last row: the last one again (whose q may be read), seeing nothing.
+__device__ inline Row find_row(const SoftmaxAttention& a, const Schedule& p, const Item& x, int kv, int r) {
+    int at = x.first_row + min(r, x.rows - 1);
     Row row;
-    row.query = p.q0 + at / group;
-    row.head = b.kv * group + at % group;
-    int position = a.position(b.seq, row.query);
-    row.lo = a.window > 0 ? max(0, position - a.window + 1) : 0;
-    row.hi = b.first + r < b.rows ? min(position + 1, a.k_len(b.seq)) : 0;
+    row.query = p.q0 + at / p.group;
+    row.head = (x.kv0 + kv) * p.group + at % p.group;
+    int position = a.position(x.seq, row.query);
+    row.lo = max(x.begin, a.window > 0 ? position - a.window + 1 : 0);
+    row.hi = r < x.rows ? min(x.end, position + 1) : 0;
     return row;
 }
 
-__device__ inline const floatX* q_row(const SoftmaxAttention& a, const Block& b, const Row& row) {
-    return a.q + (a.cu_q[b.seq] + row.query) * a.q_stride + (int64_t)row.head * a.d_qk;
+__device__ inline const floatX* q_row(const SoftmaxAttention& a, const Item& x, const Row& row) {
+    return a.q + (a.cu_q[x.seq] + row.query) * a.q_stride + (int64_t)row.head * a.d_qk;
 }
-__device__ inline floatX* o_row(const SoftmaxAttention& a, const Plan& p, int s, int query, int h) {
-    return p.o + (a.cu_q[s] + query) * p.o_stride + (int64_t)h * a.d_v;
-}
-__device__ inline void write_lse(const SoftmaxAttention& a, const Plan& p, int s, int query, int h, float lse) {
-    if (p.lse) p.lse[h * a.q_rows + a.cu_q[s] + query] = lse;
+// Columns c ... c+N−1 of a row of the result, as far as there are so many; with c = 0 its lse too.
+template <int N>
+__device__ inline void write_result(const SoftmaxAttention& a, const Result& to, const Item& x, const Row& row, int c, const float (&o)[N], float lse) {
+    int64_t n = a.cu_q[x.seq] + row.query;
+    floatX* out = to.o + n * to.o_stride + (int64_t)row.head * a.d_v;
+#pragma unroll
+    for (int e = 0; e < N; e++)
+        if (c + e < a.d_v) out[c + e] = from_float<floatX>(o[e]);
+    if (c == 0 && to.lse) to.lse[row.head * a.q_rows + n] = lse;
 }
 
-// AttentionState::row for a key that has a 32-bit number.
-__device__ inline floatX* page_row(const AttentionState& state, int j) {
-    return state.rows + state.page_table[j / state.page_size] * state.page_stride + j % state.page_size * state.per_token;
+// What a block still has to merge: the list that began before it, and the one that goes on behind it.
+struct Pieces {
+    Item item[2];
+    bool has[2];
+};
+// All threads of the block.
+__device__ inline void leave_piece(const Schedule& p, Pieces& pieces, const Item& x) {
+    bool last = leave_piece(x, threadIdx.x, [] { __syncthreads(); });
+    if (threadIdx.x == 0) {
+        pieces.item[x.slot % 2] = x;
+        pieces.has[x.slot % 2] = last || p.share;
+    }
 }
+__device__ inline void merge_pieces(const SoftmaxAttention& a, const Schedule& p, const Result& to, const Pieces& pieces, float* shared) {
+    __syncthreads();
+#pragma unroll 1
+    for (int i = 0; i < 2; i++) {
+        if (!pieces.has[i]) continue;
+        const Item& x = pieces.item[i];
+        merge(
+            p, x, p.share, threadIdx.x, blockDim.x, shared, [] { __syncthreads(); },
+            [&](int row, int column, const float(&o)[4], float lse) { write_result(a, to, x, find_row(a, p, x, row / p.rows, row % p.rows), column, o, lse); });
+    }
+}
+
+// Launched to overlap, a block may begin to read what the kernel before cannot have written: all but the rows of new tokens, and q. Whether the first n keys
+// from the one with which the item's first tile begins are all old.
+__device__ inline bool all_old(const AttentionState& state, const Item& x, int n) { return min(x.end, x.begin + n) <= state.length; }
+
+// AttentionState::row for keys that have 32-bit numbers, in two steps: the table's entry, which is asked for some time before it is needed, and the place.
+struct PagedRows {
+    const floatX* rows;
+    const int* table;
+    int64_t page_stride;
+    int page_size, shift, per_token;
+    __device__ PagedRows(const AttentionState& s)
+        : rows(s.rows), table(s.page_table), page_stride(s.page_stride), page_size(s.page_size), per_token((int)s.per_token) {
+        shift = (page_size & (page_size - 1)) == 0 ? __ffs(page_size) - 1 : -1;
+    }
+    __device__ int page(int j) const { return table[shift >= 0 ? j >> shift : j / page_size]; }
+    __device__ const floatX* row(int j, int page) const {
+        int slot = shift >= 0 ? j & (page_size - 1) : j % page_size;
+        return rows + page * page_stride + (int64_t)slot * per_token;
+    }
+};
 __device__ inline bool on_16_bytes(const void* p) { return (uintptr_t)p % 16 == 0; }
+// Whether 16 bytes at a time can be read from q and from the rows in pages.
+__device__ inline bool in_vectors(const SoftmaxAttention& a, const PagedRows& rows) {
+    int64_t all = a.d_qk | a.d_v | a.q_stride | a.k_offset | a.v_offset | a.k_head | a.v_head | rows.page_stride | rows.per_token;
+    return all % Packed<floatX>::size == 0 && on_16_bytes(a.q) && on_16_bytes(rows.rows);
+}
 
 __device__ inline Packed<floatX> zeros() {
     int4 bits = {0, 0, 0, 0};
@@ -129,187 +132,283 @@ __device__ inline Packed<floatX> load_some(const floatX* p, int left) {
         if (e < left) x.v[e] = p[e];
     return x;
 }
-
-// ---- kernel 2: float32 arithmetic, any sizes --------------------------------------------------------------------------------------------------------------
-//
-// A chunk is walked through in tiles of 512 keys, whose addresses are looked up once. Eight neighbouring lanes read a key, 16 bytes each, so that a warp
-// has four keys in every load instruction and several such loads on their way; the same for values. Scores go to shared memory, and one warp a row turns them
-// into weights. From tile to tile o is kept, not yet divided by l, in the row's place in scratch memory, rescaled when m has grown.
-
-constexpr int TILE = 512, LANES = 8, GROUPS = THREADS / LANES;
-
-// Numbers at ... at+left−1 of the rows of keys j, j+GROUPS, ...; zeros for keys from n on.
-template <bool VECTORS, int U>
-__device__ inline void load_keys(Packed<floatX> (&x)[U], const floatX* const* row, int j, int n, int64_t at, int left) {
-#pragma unroll
-    for (int u = 0; u < U; u++) {
-        x[u] = zeros();
-        if (j + u * GROUPS < n) {
-            const floatX* p = row[j + u * GROUPS] + at;
-            __builtin_assume(__isGlobal(p));  // an address that comes out of shared memory could be of any kind, for all the compiler knows
-            x[u] = VECTORS ? load_packed(p) : load_some(p, left);
-        }
-    }
+// 16 bytes to shared memory, which this thread alone reads: `left` numbers and zeros.
+__device__ inline void copy_pack(int4* to, const floatX* from, int left, bool vectors) {
+    if (vectors)
+        copy_async16(shared_address(to), from, left > 0);
+    else
+        store_packed((floatX*)to, load_some(from, left));
 }
 
-// weight[r][j] = scale·q_r·k_j for the keys j of a tile; `row` says where they stand. Not masked.
-template <bool VECTORS, int R, int U>
-__device__ inline void tile_scores(const SoftmaxAttention& a, const floatX* const (&q)[R], const floatX* const* row, int64_t at, int n, float (*weight)[TILE]) {
-    constexpr int V = Packed<floatX>::size;
-    int lane = threadIdx.x % LANES, group = threadIdx.x / LANES;
-    for (int j = group; j - group < n; j += GROUPS * U) {
-        float s[R][U] = {};
-        for (int c = lane * V; c < a.d_qk; c += LANES * V) {
-            Packed<floatX> k[U];
-            load_keys<VECTORS>(k, row, j, n, at + c, a.d_qk - c);
+constexpr float LN2 = 0.69314718f;
+__device__ inline float rescale(float m, float top) { return m == -INFINITY ? 0 : exp2_fast(m - top); }
+
+// ---- kernel 4: float32 arithmetic -------------------------------------------------------------------------------------------------------------------------
+//
+// Each warp has one kv head, and of each tile its own few keys. LANES neighbouring lanes read a key, 16 bytes each, several keys side by side, and go on with
+// them as if they were alone: their own m, l and o, the sums of the products through shuffles. Where the lanes meet is the end of an item. So shared memory
+// holds nothing that is shared: each thread copies there what it will read itself, some stages ahead (cp.async), and never waits for another. Bytes on their
+// way to a multiprocessor: 16 warps × 2 stages × 4 KB, twice of what 3.0 TB/s need at a microsecond's latency.
+//
+// CHUNKS: 16-byte pieces of a lane (1 unless a key is longer than 32 lanes' 512 bytes). R: rows of a kv head, for which a key is read once.
+
+template <int LANES, int CHUNKS, int R>
+__global__ void softmax_decode_kernel4(SoftmaxAttention a, Schedule p, Result to);
+
+template <int LANES, int CHUNKS, int R>
+struct Shape4 {
+    static constexpr int ROWS = R;
+    static constexpr int V = Packed<floatX>::size, COLUMNS = LANES * V;           // a chunk's
+    static constexpr int U = CHUNKS > 1 ? 1 : R == 4 ? 2 : 4, SIDE = 32 / LANES;  // keys of a lane in a stage; keys of a warp side by side
+    static constexpr int KEYS = U * SIDE, STAGE = 2 * U * CHUNKS * 32;            // keys of a warp's stage; its packs
+    static constexpr bool LARGE = R > 1 || CHUNKS > 1;                            // many registers: fewer warps, more stages
+    static constexpr int WARPS = LARGE ? 4 : 8, BLOCKS = LARGE ? 3 : 2, STAGES = !LARGE ? 3 : U == 2 ? 7 : 4;
+    static constexpr int shared_bytes(int warps) { return warps * STAGES * STAGE * 16; }
+    static auto kernel() { return softmax_decode_kernel4<LANES, CHUNKS, R>; }
+};
+
+template <int LANES, int CHUNKS, int R>
+__global__ void __launch_bounds__(32 * Shape4<LANES, CHUNKS, R>::WARPS, Shape4<LANES, CHUNKS, R>::BLOCKS)
+    softmax_decode_kernel4(SoftmaxAttention a, Schedule p, Result to) {
+    using Shape = Shape4<LANES, CHUNKS, R>;
+    constexpr int V = Shape::V, U = Shape::U, KEYS = Shape::KEYS, STAGE = Shape::STAGE, STAGES = Shape::STAGES, SIDE = Shape::SIDE, COLUMNS = Shape::COLUMNS;
+    extern __shared__ int4 decode_ring[];
+    __shared__ WalkShared walk_shared;
+    __shared__ Pieces pieces;
+    if (threadIdx.x < 2) pieces.has[threadIdx.x] = false;
+    __syncthreads();
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, column = lane % LANES * V, side = lane / LANES;
+    const int kv = warp % p.kv_heads, part = warp / p.kv_heads, parts = blockDim.x / 32 / p.kv_heads;
+    int4* ring = decode_ring + warp * STAGES * STAGE + lane;
+
+    let_next_kernel_start();
+    Walk walk(a, p, walk_shared);
+    bool waited = false;
+    for (Item x; walk.next(x);) {
+        PagedRows rows(a.states[x.seq]);
+        const bool vectors = in_vectors(a, rows);
+        rows.rows += a.k_offset + (x.kv0 + kv) * a.k_head + column;
+        const int to_value = (int)(a.v_offset - a.k_offset + (x.kv0 + kv) * (a.v_head - a.k_head));  // from a key
+        const int first = x.begin / p.tile * p.tile + part * KEYS + side, steps = x.begin < x.end ? (x.end - 1) / p.tile - x.begin / p.tile + 1 : 0;
+        auto key = [&](int step, int u) { return first + step * p.tile + u * SIDE; };
+
+        int page[U];  // of the keys to be copied next; −1: there is none
+        auto look_up = [&](int step) {
 #pragma unroll
-            for (int r = 0; r < R; r++) {
-                Packed<floatX> x = VECTORS ? load_packed(q[r] + c) : load_some(q[r] + c, a.d_qk - c);
+            for (int u = 0; u < U; u++) {
+                int j = key(step, u);
+                page[u] = j >= x.begin && j < x.end ? rows.page(j) : -1;
+            }
+        };
+        auto copy = [&](int step, int stage) {
+            if (step < steps) {
+                int4* at = ring + stage * STAGE;
+#pragma unroll
+                for (int u = 0; u < U; u++) {
+                    const floatX* row = page[u] >= 0 ? rows.row(key(step, u), page[u]) : rows.rows;
+#pragma unroll
+                    for (int c = 0; c < CHUNKS; c++) {
+                        copy_pack(at + (u * CHUNKS + c) * 32, row + c * COLUMNS, page[u] >= 0 ? a.d_qk - column - c * COLUMNS : 0, vectors);
+                        copy_pack(at + ((U + u) * CHUNKS + c) * 32, row + to_value + c * COLUMNS, page[u] >= 0 ? a.d_v - column - c * COLUMNS : 0, vectors);
+                    }
+                }
+                look_up(step + 1);
+            }
+            copy_async_commit();
+        };
+        look_up(0);
+        bool early = !waited && all_old(a.states[x.seq], x, (STAGES - 1) * p.tile);
+        if (!waited && !early) wait_for_kernel_before();
+#pragma unroll
+        for (int i = 0; i < STAGES - 1; i++) copy(i, i);
+        if (early) wait_for_kernel_before();
+        waited = true;
+
+        float q[R][CHUNKS][V], o[R][CHUNKS][V] = {}, m[R], l[R] = {};
+        int lo[R], hi[R];
+#pragma unroll
+        for (int r = 0; r < R; r++) {
+            Row row = find_row(a, p, x, kv, r);
+            lo[r] = row.lo;
+            hi[r] = row.hi;
+            m[r] = -INFINITY;
+#pragma unroll
+            for (int c = 0; c < CHUNKS; c++) {
+                const floatX* from = q_row(a, x, row) + column + c * COLUMNS;
+                int left = a.d_qk - column - c * COLUMNS;
+                Packed<floatX> pack = !vectors ? load_some(from, left) : left > 0 ? load_packed(from) : zeros();
+#pragma unroll
+                for (int e = 0; e < V; e++) q[r][c][e] = pack[e] * (a.scale * LOG2E);
+            }
+        }
+
+        int stage = 0;
+        for (int i = 0; i < steps; i++) {
+            copy(i + STAGES - 1, stage == 0 ? STAGES - 1 : stage - 1);
+            copy_async_wait<STAGES - 1>();
+            const int4* at = ring + stage * STAGE;
+            stage = stage == STAGES - 1 ? 0 : stage + 1;
+
+            // m' = max(m, max s)   weight = 2^(s − m')   l' = l·2^(m − m') + Σ weight   o' = o·2^(m − m') + Σ weight·v
+            float s[R][U] = {};  // scale·log₂e·q·k: of this lane's columns, then of the key
+#pragma unroll
+            for (int u = 0; u < U; u++)
+#pragma unroll
+                for (int c = 0; c < CHUNKS; c++) {
+                    Packed<floatX> k = load_packed((const floatX*)(at + (u * CHUNKS + c) * 32));
+#pragma unroll
+                    for (int e = 0; e < V; e++)
+#pragma unroll
+                        for (int r = 0; r < R; r++) s[r][u] += q[r][c][e] * k[e];
+                }
+#pragma unroll
+            for (int offset = LANES / 2; offset > 0; offset /= 2)
 #pragma unroll
                 for (int u = 0; u < U; u++)
 #pragma unroll
-                    for (int e = 0; e < V; e++) s[r][u] += x[e] * k[u][e];
-            }
-        }
-#pragma unroll
-        for (int r = 0; r < R; r++)
-#pragma unroll
-            for (int u = 0; u < U; u++) {
-                float x = s[r][u];
-                for (int offset = LANES / 2; offset > 0; offset /= 2) x += __shfl_xor_sync(0xffffffff, x, offset);
-                if (lane == 0 && j + u * GROUPS < n) weight[r][j + u * GROUPS] = x * a.scale;
-            }
-    }
-}
-
-// o[r] = Σ_j weight[r][j]·v_j over this group's keys of a tile, for V columns that stand `at` in the row of a key; `left` of them are there.
-template <bool VECTORS, int R, int U>
-__device__ inline void tile_values(const floatX* const* row, int64_t at, int left, int n, const float (*weight)[TILE], float (&o)[R][Packed<floatX>::size]) {
-    for (int j = threadIdx.x / LANES; j < n; j += GROUPS * U) {
-        Packed<floatX> v[U];
-        load_keys<VECTORS>(v, row, j, n, at, left);
-#pragma unroll
-        for (int u = 0; u < U; u++)
+                    for (int r = 0; r < R; r++) s[r][u] += __shfl_xor_sync(0xffffffff, s[r][u], offset);
 #pragma unroll
             for (int r = 0; r < R; r++) {
-                float w = j + u * GROUPS < n ? weight[r][j + u * GROUPS] : 0;
+                float top = m[r];
 #pragma unroll
-                for (int e = 0; e < Packed<floatX>::size; e++) o[r][e] += w * v[u][e];
-            }
-    }
-}
-
-// With registers for 6 blocks, rather than as few as the compiler can do with, all loads of a step are issued before the first is used.
-constexpr int BLOCKS2 = 6;
-template <int R>
-__global__ void __launch_bounds__(THREADS, R == 1 ? BLOCKS2 : 4) softmax_decode_kernel2(SoftmaxAttention a, Plan p) {
-    constexpr int V = Packed<floatX>::size, COLUMNS = LANES * V, U = 4;
-    __shared__ const floatX* key[TILE];
-    __shared__ float weight[R][TILE], sums[WARPS][R][COLUMNS], m[R], l[R], rescale[R];
-    Block b;
-    if (!find_block(a, p, &b)) return;
-    AttentionState state = a.states[b.seq];
-    int64_t k_at = a.k_offset + b.kv * a.k_head, v_at = a.v_offset + b.kv * a.v_head;
-    int lane = threadIdx.x % LANES, warp = threadIdx.x / 32;
-    const floatX* q[R];
-#pragma unroll
-    for (int r = 0; r < R; r++) q[r] = q_row(a, b, find_row(a, p, b, r));
-    if (threadIdx.x < R) {
-        m[threadIdx.x] = -INFINITY;
-        l[threadIdx.x] = 0;
-    }
-
-    for (int j0 = b.begin; j0 == b.begin || j0 < b.end; j0 += TILE) {
-        int n = min(TILE, b.end - j0);
-        bool last = j0 + n == b.end, aligned = p.vectors;
-        for (int j = threadIdx.x; j < n; j += THREADS) {
-            key[j] = page_row(state, j0 + j);
-            aligned = aligned && on_16_bytes(key[j]);
-        }
-        bool vectors = __syncthreads_and(aligned);
-
-        if (vectors)
-            tile_scores<true, R, U>(a, q, key, k_at, n, weight);
-        else
-            tile_scores<false, R, 1>(a, q, key, k_at, n, weight);
-        __syncthreads();
-
-        // m' = max(m, max_j s_j)   weight_j = exp(s_j − m')   l' = l·exp(m − m') + Σ_j weight_j, over the keys that the row sees
-        for (int r = warp; r < R; r += WARPS) {
-            Row x = find_row(a, p, b, r);
-            float before = m[r], now = before, sum = 0;
-            for (int j = threadIdx.x % 32; j < n; j += 32)
-                if (x.sees(j0 + j)) now = fmaxf(now, weight[r][j]);
-            now = warp_max(now);
-            for (int j = threadIdx.x % 32; j < n; j += 32) {
-                float w = x.sees(j0 + j) ? expf(weight[r][j] - now) : 0;
-                weight[r][j] = w;
-                sum += w;
-            }
-            sum = warp_sum(sum);
-            if (threadIdx.x % 32 == 0) {
-                rescale[r] = before == -INFINITY ? 0 : expf(before - now);
-                m[r] = now;
-                l[r] = l[r] * rescale[r] + sum;
-            }
-        }
-        __syncthreads();
-
-        // o' = o·exp(m − m') + Σ_j weight_j·v_j, some columns at a time
-        for (int c0 = 0; c0 < a.d_v; c0 += COLUMNS) {
-            int c = c0 + lane * V;
-            float o[R][V] = {};
-            if (c < a.d_v && vectors)
-                tile_values<true, R, U>(key, v_at + c, a.d_v - c, n, weight, o);
-            else if (c < a.d_v)
-                tile_values<false, R, 1>(key, v_at + c, a.d_v - c, n, weight, o);
-#pragma unroll
-            for (int r = 0; r < R; r++)
-#pragma unroll
-                for (int e = 0; e < V; e++) {
-                    float x = o[r][e];  // the warp's four groups have the same columns
-                    x += __shfl_xor_sync(0xffffffff, x, LANES);
-                    x += __shfl_xor_sync(0xffffffff, x, 2 * LANES);
-                    if (threadIdx.x % 32 < LANES) sums[warp][r][lane * V + e] = x;
+                for (int u = 0; u < U; u++) {
+                    int j = key(i, u);
+                    s[r][u] = j >= lo[r] && j < hi[r] ? s[r][u] : -INFINITY;
+                    top = fmaxf(top, s[r][u]);
                 }
-            __syncthreads();
-            for (int i = threadIdx.x; i < R * COLUMNS; i += THREADS) {
-                int r = i / COLUMNS, column = c0 + i % COLUMNS;
-                if (column >= a.d_v || b.first + r >= b.rows) continue;
-                Row x = find_row(a, p, b, r);
-                float sum = 0, lse = l[r] > 0 ? m[r] + logf(l[r]) : -INFINITY;
-                for (int w = 0; w < WARPS; w++) sum += sums[w][r][i % COLUMNS];
-                if (p.direct) {  // there is one tile
-                    o_row(a, p, b.seq, x.query, x.head)[column] = from_float<floatX>(l[r] > 0 ? sum / l[r] : 0);
-                    if (column == 0) write_lse(a, p, b.seq, x.query, x.head, lse);
-                } else {
-                    float* part = p.part(a, b.seq, b.split, x.query, x.head);
-                    if (j0 > b.begin) sum += part[column] * rescale[r];
-                    part[column] = !last ? sum : l[r] > 0 ? sum / l[r] : 0;
-                    if (last && column == 0) part[a.d_v] = lse;
+                float factor = rescale(m[r], top);
+                m[r] = top;
+                l[r] *= factor;
+#pragma unroll
+                for (int u = 0; u < U; u++) {
+                    s[r][u] = rescale(s[r][u], top);
+                    l[r] += s[r][u];
+                }
+#pragma unroll
+                for (int c = 0; c < CHUNKS; c++)
+#pragma unroll
+                    for (int e = 0; e < V; e++) o[r][c][e] *= factor;
+            }
+#pragma unroll
+            for (int u = 0; u < U; u++)
+#pragma unroll
+                for (int c = 0; c < CHUNKS; c++) {
+                    Packed<floatX> v = load_packed((const floatX*)(at + ((U + u) * CHUNKS + c) * 32));
+#pragma unroll
+                    for (int e = 0; e < V; e++)
+#pragma unroll
+                        for (int r = 0; r < R; r++) o[r][c][e] += s[r][u] * v[e];
+                }
+        }
+        copy_async_wait_all();
+
+        // The lanes that have other keys and the same columns ...
+#pragma unroll
+        for (int offset = LANES; offset < 32; offset *= 2)
+#pragma unroll
+            for (int r = 0; r < R; r++) {
+                float other = __shfl_xor_sync(0xffffffff, m[r], offset), top = fmaxf(m[r], other), f = rescale(m[r], top), g = rescale(other, top);
+                m[r] = top;
+                l[r] = f * l[r] + g * __shfl_xor_sync(0xffffffff, l[r], offset);
+#pragma unroll
+                for (int c = 0; c < CHUNKS; c++)
+#pragma unroll
+                    for (int e = 0; e < V; e++) o[r][c][e] = f * o[r][c][e] + g * __shfl_xor_sync(0xffffffff, o[r][c][e], offset);
+            }
+        // ... and then the warps that have. Each leaves, in its own ring, o of its columns, m, l.
+        if (parts > 1) {
+            float* ring_of_warp = (float*)(decode_ring + warp * STAGES * STAGE);
+            constexpr int WIDTH = CHUNKS * COLUMNS + 4;
+            if (part > 0 && side == 0) {
+#pragma unroll
+                for (int r = 0; r < R; r++) {
+                    float* mine = ring_of_warp + r * WIDTH;
+#pragma unroll
+                    for (int c = 0; c < CHUNKS; c++)
+#pragma unroll
+                        for (int e = 0; e < V; e++) mine[c * COLUMNS + column + e] = o[r][c][e];
+                    if (column == 0) {
+                        mine[CHUNKS * COLUMNS] = m[r];
+                        mine[CHUNKS * COLUMNS + 1] = l[r];
+                    }
                 }
             }
             __syncthreads();
+            if (part == 0 && side == 0) {
+                for (int other = 1; other < parts; other++)
+#pragma unroll
+                    for (int r = 0; r < R; r++) {
+                        const float* its = (const float*)(decode_ring + (other * p.kv_heads + warp) * STAGES * STAGE) + r * WIDTH;
+                        float its_m = its[CHUNKS * COLUMNS], top = fmaxf(m[r], its_m), f = rescale(m[r], top), g = rescale(its_m, top);
+                        m[r] = top;
+                        l[r] = f * l[r] + g * its[CHUNKS * COLUMNS + 1];
+#pragma unroll
+                        for (int c = 0; c < CHUNKS; c++)
+#pragma unroll
+                            for (int e = 0; e < V; e++) o[r][c][e] = f * o[r][c][e] + g * its[c * COLUMNS + column + e];
+                    }
+            }
+            __syncthreads();
         }
+
+        if (part == 0 && side == 0) {
+#pragma unroll
+            for (int r = 0; r < R; r++) {
+                if (r >= x.rows) break;
+                float factor = l[r] > 0 ? 1 / l[r] : 0, lse = l[r] > 0 ? (m[r] + log2f(l[r])) * LN2 : -INFINITY;
+                Row row = find_row(a, p, x, kv, r);
+#pragma unroll
+                for (int c = 0; c < CHUNKS; c++) {
+                    int at = column + c * COLUMNS;
+                    if (x.whole) {
+#pragma unroll
+                        for (int e = 0; e < V; e++) o[r][c][e] *= factor;
+                        write_result(a, to, x, row, at, o[r][c], lse);
+                    } else {
+                        float* slot = p.slot_o(x.slot, kv * p.rows + r);
+#pragma unroll
+                        for (int e = 0; e < V; e += 4)
+                            if (at + e < a.d_v) *(float4*)(slot + at + e) = {o[r][c][e], o[r][c][e + 1], o[r][c][e + 2], o[r][c][e + 3]};
+                    }
+                }
+                if (!x.whole && column == 0) {
+                    p.slot_m(x.slot)[kv * p.rows + r] = m[r];
+                    p.slot_l(x.slot)[kv * p.rows + r] = l[r];
+                }
+            }
+        }
+        if (!x.whole) leave_piece(p, pieces, x);
     }
+    if (!waited) wait_for_kernel_before();  // a kernel never ends before the one in front of it
+    merge_pieces(a, p, to, pieces, (float*)decode_ring);
 }
 
-// ---- kernel 3: tensor cores -------------------------------------------------------------------------------------------------------------------------------
+// ---- kernel 5: tensor cores -------------------------------------------------------------------------------------------------------------------------------
 //
-// 16 rows of one kv head are the rows of a 16×8×16 product, so that all of them cost what one does. Tiles of 32 keys (and values, if they are not the same
-// numbers) are copied into shared memory, the next one while this one is worked on. Of S = QKᵀ each warp makes the columns of 8 keys; scores meet in shared
-// memory, and every warp takes all of them from there as the left operand of PV, in which it makes every fourth piece of 16 columns. m and l are the same
-// in all warps.
+// 16·M rows of one kv head are the rows of 16×8×16 products, so that 16 of them cost what one does. Tiles of 64 or 32 keys (and values, if they are not the
+// same numbers) are copied into shared memory, the next one or two while this one is worked on. S = QKᵀ is made in pieces of 16 rows and 8 or 16 keys, a piece
+// a warp, and put down in shared memory; there a few threads a row turn it into weights; then each warp takes all of these as the left operand of PV, in which
+// it makes every WARPS-th piece of 16 columns.
 
-constexpr int ROWS3 = 16, KEYS3 = 32, SCORES3 = KEYS3 + 8;  // 8 numbers of padding: the reads of half a warp meet different banks
+template <int M>
+struct Shape5 {
+    static constexpr int ROWS = 16 * M, KEYS = M == 1 ? 64 : 32, WARPS = 8, THREADS = 32 * WARPS, STAGES = M == 1 ? 2 : 3;
+    static constexpr int LOADS = KEYS / (THREADS / 8);  // of a thread in a tile: eight copy a key
+    static constexpr int PIECE = KEYS * M / WARPS;      // keys of a warp's piece of S
+    static constexpr int PER_ROW = THREADS / ROWS;      // threads that share a row's weights,
+    static constexpr int OWN = KEYS / PER_ROW;          // each for so many keys
+    static constexpr int SCORES = KEYS + 8;             // from row to row of S, and of the weights: with 8 numbers of padding reads meet different banks
+};
 
 // Numbers from one row in shared memory to the next; q and keys are padded with zeros to whole steps of 32. An odd multiple of 16 bytes, so that the eight
 // rows that a matrix load reads meet different banks.
-HOST_DEVICE inline int key_stride3(int d_qk) { return (int)round_up(d_qk, 32) + 8; }
-HOST_DEVICE inline int value_stride3(int d_v) { return (int)round_up(d_v, 16) + 8; }
-inline int64_t shared_bytes3(int d_qk, int d_v, bool latent) {
-    int64_t numbers = (ROWS3 + 2 * KEYS3) * key_stride3(d_qk) + (latent ? 0 : 2 * KEYS3 * value_stride3(d_v));
-    return 2 * numbers + (int64_t)sizeof(float) * ROWS3 * SCORES3;
+HOST_DEVICE inline int key_stride5(int d_qk) { return (int)round_up(d_qk, 32) + 8; }
+HOST_DEVICE inline int value_stride5(int d_v) { return (int)round_up(d_v, 16) + 8; }
+template <int M>
+inline int shared_bytes5(int d_qk, int d_v, bool latent) {
+    using Shape = Shape5<M>;
+    int numbers = (Shape::ROWS + Shape::STAGES * Shape::KEYS) * key_stride5(d_qk) + (latent ? 0 : Shape::STAGES * Shape::KEYS * value_stride5(d_v));
+    return 2 * numbers + Shape::ROWS * (Shape::SCORES * 6 + 12);
 }
 
 #ifndef GPU_FLOAT32
@@ -326,318 +425,411 @@ __device__ inline void copy_row(floatX* to, const floatX* from, int d, bool vali
 }
 
 // PIECES: pieces of 16 columns of o that a warp makes. Registers for as many blocks as shared memory has room for with the usual d_qk.
-template <int PIECES>
-constexpr int BLOCKS3 = PIECES == 1   ? 6
-                        : PIECES == 2 ? 5
-                        : PIECES == 4 ? 4
+template <int M, int PIECES>
+constexpr int BLOCKS5 = M > 1         ? (PIECES == 1 ? 2 : 1)
+                        : PIECES == 1 ? 3
                                       : 2;
-template <int PIECES>
-__global__ void __launch_bounds__(THREADS, BLOCKS3<PIECES>) softmax_decode_kernel3(SoftmaxAttention a, Plan p) {
+template <int M, int PIECES>
+__global__ void __launch_bounds__(Shape5<M>::THREADS, BLOCKS5<M, PIECES>) softmax_decode_kernel5(SoftmaxAttention a, Schedule p, Result to, bool latent) {
+    using Shape = Shape5<M>;
+    constexpr int ROWS = Shape::ROWS, KEYS = Shape::KEYS, WARPS = Shape::WARPS, THREADS = Shape::THREADS, PIECE = Shape::PIECE, SCORES = Shape::SCORES;
+    constexpr int PER_ROW = Shape::PER_ROW, OWN = Shape::OWN, STAGES = Shape::STAGES, LOADS = Shape::LOADS;
     extern __shared__ int4 decode_shared[];
-    Block b;
-    if (!find_block(a, p, &b)) return;
-    const int k_row = key_stride3(a.d_qk), v_row = p.latent ? k_row : value_stride3(a.d_v), width = k_row - 8;
-    floatX *q = (floatX*)decode_shared, *keys = q + ROWS3 * k_row, *end = keys + 2 * KEYS3 * k_row, *values = p.latent ? keys : end;
-    float* scores = (float*)(p.latent ? end : values + 2 * KEYS3 * v_row);
-    AttentionState state = a.states[b.seq];
-    int64_t k_at = a.k_offset + b.kv * a.k_head, v_at = a.v_offset + b.kv * a.v_head;
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    __shared__ WalkShared walk_shared;
+    __shared__ Pieces pieces;
+    if (threadIdx.x < 2) pieces.has[threadIdx.x] = false;
+    __syncthreads();
+    const int k_row = key_stride5(a.d_qk), v_row = latent ? k_row : value_stride5(a.d_v), width = k_row - 8;
+    floatX *q = (floatX*)decode_shared, *keys = q + ROWS * k_row, *behind = keys + STAGES * KEYS * k_row, *values = latent ? keys : behind;
+    float* scores = (float*)(latent ? behind : values + STAGES * KEYS * v_row);
+    floatX* weights = (floatX*)(scores + ROWS * SCORES);
+    float *factors = (float*)(weights + ROWS * SCORES), *row_m = factors + ROWS, *row_l = row_m + ROWS;
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, piece_row = warp % M * 16, piece_key = warp / M * PIECE;
 
-    auto load_tile = [&](int j0, int stage) {
+    let_next_kernel_start();
+    Walk walk(a, p, walk_shared);
+    bool waited = false;
+    for (Item x; walk.next(x);) {
+        const PagedRows rows(a.states[x.seq]);
+        const int64_t k_at = a.k_offset + x.kv0 * a.k_head, v_at = a.v_offset + x.kv0 * a.v_head;
+        const int first = x.begin / KEYS * KEYS;
+        int page[LOADS];  // of the keys to be copied next; −1: there is none
+        auto look_up = [&](int j0) {
 #pragma unroll
-        for (int i = 0; i < KEYS3; i += THREADS / 8) {
-            int at = i + threadIdx.x / 8;
-            const floatX* row = page_row(state, min(j0 + at, b.end - 1));
-            copy_row(keys + (stage * KEYS3 + at) * k_row, row + k_at, a.d_qk, j0 + at < b.end);
-            if (!p.latent) copy_row(values + (stage * KEYS3 + at) * v_row, row + v_at, a.d_v, j0 + at < b.end);
+            for (int i = 0; i < LOADS; i++) {
+                int j = j0 + i * (THREADS / 8) + threadIdx.x / 8;
+                page[i] = j >= x.begin && j < x.end ? rows.page(j) : -1;
+            }
+        };
+        auto load_tile = [&](int j0, int stage) {
+            if (j0 < x.end) {
+#pragma unroll
+                for (int i = 0; i < LOADS; i++) {
+                    int at = i * (THREADS / 8) + threadIdx.x / 8;
+                    const floatX* row = page[i] >= 0 ? rows.row(j0 + at, page[i]) : rows.rows;
+                    copy_row(keys + (stage * KEYS + at) * k_row, row + k_at, a.d_qk, page[i] >= 0);
+                    if (!latent) copy_row(values + (stage * KEYS + at) * v_row, row + v_at, a.d_v, page[i] >= 0);
+                }
+                look_up(j0 + KEYS);
+            }
+            copy_async_commit();
+        };
+        look_up(first);
+        bool early = !waited && all_old(a.states[x.seq], x, (STAGES - 1) * KEYS);
+        if (!waited && !early) wait_for_kernel_before();
+#pragma unroll 1
+        for (int i = 0; i < STAGES - 1; i++) load_tile(first + i * KEYS, i);
+        if (early) wait_for_kernel_before();
+        waited = true;
+        for (int r = threadIdx.x / 8; r < ROWS; r += THREADS / 8) {
+            const floatX* from = q_row(a, x, find_row(a, p, x, 0, r));
+            for (int c = threadIdx.x % 8 * 8; c < width; c += 64) store_packed(q + r * k_row + c, c < a.d_qk ? load_packed(from + c) : zeros());
         }
-    };
-    if (b.begin < b.end) load_tile(b.begin, 0);
-    for (int r = threadIdx.x / 8; r < ROWS3; r += THREADS / 8) {
-        const floatX* from = q_row(a, b, find_row(a, p, b, r));
-        for (int c = threadIdx.x % 8 * 8; c < width; c += 64) store_packed(q + r * k_row + c, c < a.d_qk ? load_packed(from + c) : zeros());
-    }
-    for (int i = threadIdx.x; i < 2 * KEYS3 * (width - a.d_qk); i += THREADS)  // the keys' padding
-        keys[i / (width - a.d_qk) * k_row + a.d_qk + i % (width - a.d_qk)] = from_float<floatX>(0);
+        for (int i = threadIdx.x; i < STAGES * KEYS * (width - a.d_qk); i += THREADS)  // the keys' padding
+            keys[i / (width - a.d_qk) * k_row + a.d_qk + i % (width - a.d_qk)] = from_float<floatX>(0);
 
-    // This lane's two rows, lane/4 and lane/4 + 8.
-    Row row[2];
-    float m[2] = {-INFINITY, -INFINITY}, l[2] = {0, 0}, o[PIECES][2][4] = {};
+        int lo[2], hi[2];  // of this lane's rows of the warp's piece of S
 #pragma unroll
-    for (int i = 0; i < 2; i++) row[i] = find_row(a, p, b, lane / 4 + 8 * i);
+        for (int i = 0; i < 2; i++) {
+            Row row = find_row(a, p, x, 0, piece_row + lane / 4 + 8 * i);
+            lo[i] = row.lo;
+            hi[i] = row.hi;
+        }
+        float m = -INFINITY, l = 0, o[M][PIECES][2][4] = {};  // m, l: of row threadIdx.x/PER_ROW, l of this thread's keys
 
-    int stage = 0;
-    for (int j0 = b.begin; j0 < b.end; j0 += KEYS3, stage ^= 1) {
-        copy_async_wait_all();
-        __syncthreads();  // this tile is there, and nobody needs the one before or its scores
-        if (j0 + KEYS3 < b.end) load_tile(j0 + KEYS3, stage ^ 1);
+        int stage = 0;
+        for (int j0 = first; j0 < x.end; j0 += KEYS, stage = stage == STAGES - 1 ? 0 : stage + 1) {
+            copy_async_wait<STAGES - 2>();
+            __syncthreads();  // this tile is there, and nobody needs the one before
+            load_tile(j0 + (STAGES - 1) * KEYS, stage == 0 ? STAGES - 1 : stage - 1);
 
-        // S = QKᵀ for 8 keys, 32 channels at a time; two sums, so that a product need not wait for the one before
-        float even[4] = {}, odd[4] = {};
-        const floatX *q_at = q + lane % 16 * k_row + lane / 16 * 8, *key_at = keys + (stage * KEYS3 + warp * 8 + lane % 8) * k_row + lane / 8 * 8;
+            // S = QKᵀ, 32 channels at a time; two sums, so that a product need not wait for the one before
+            float even[PIECE / 8][4] = {}, odd[PIECE / 8][4] = {};
+            const floatX* q_at = q + (piece_row + lane % 16) * k_row + lane / 16 * 8;
+            const floatX* key_at = keys + (stage * KEYS + piece_key + lane % 8) * k_row + lane / 8 * 8;
 #pragma unroll 2
-        for (int c = 0; c < width; c += 32) {
-            uint32_t k[4], x[4], y[4];
-            load_matrices(k, shared_address(key_at + c));
-            load_matrices(x, shared_address(q_at + c));
-            load_matrices(y, shared_address(q_at + c + 16));
-            mma(even, x, k[0], k[1]);
-            mma(odd, y, k[2], k[3]);
-        }
+            for (int c = 0; c < width; c += 32) {
+                uint32_t k[4], y[4], z[4];
+                load_matrices(y, shared_address(q_at + c));
+                load_matrices(z, shared_address(q_at + c + 16));
 #pragma unroll
-        for (int i = 0; i < 2; i++) {
-            int at = warp * 8 + lane % 4 * 2;
-            float2 s;
-            s.x = row[i].sees(j0 + at) ? (even[2 * i] + odd[2 * i]) * a.scale : -INFINITY;
-            s.y = row[i].sees(j0 + at + 1) ? (even[2 * i + 1] + odd[2 * i + 1]) * a.scale : -INFINITY;
-            *(float2*)(scores + (lane / 4 + 8 * i) * SCORES3 + at) = s;
+                for (int n = 0; n < PIECE / 8; n++) {
+                    load_matrices(k, shared_address(key_at + n * 8 * k_row + c));
+                    mma(even[n], y, k[0], k[1]);
+                    mma(odd[n], z, k[2], k[3]);
+                }
+            }
+#pragma unroll
+            for (int n = 0; n < PIECE / 8; n++)
+#pragma unroll
+                for (int i = 0; i < 2; i++) {
+                    int at = piece_key + n * 8 + lane % 4 * 2, j = j0 + at;
+                    float2 s;
+                    s.x = j >= lo[i] && j < hi[i] ? (even[n][2 * i] + odd[n][2 * i]) * (a.scale * LOG2E) : -INFINITY;
+                    s.y = j + 1 >= lo[i] && j + 1 < hi[i] ? (even[n][2 * i + 1] + odd[n][2 * i + 1]) * (a.scale * LOG2E) : -INFINITY;
+                    *(float2*)(scores + (piece_row + lane / 4 + 8 * i) * SCORES + at) = s;
+                }
+            __syncthreads();
+
+            // m' = max(m, max s)   weight = 2^(s − m')   l' = l·2^(m − m') + Σ weight
+            {
+                const int row = threadIdx.x / PER_ROW, at = threadIdx.x % PER_ROW * OWN;
+                float s[OWN], top = m;
+#pragma unroll
+                for (int i = 0; i < OWN; i += 4) *(float4*)(s + i) = *(const float4*)(scores + row * SCORES + at + i);
+#pragma unroll
+                for (int i = 0; i < OWN; i++) top = fmaxf(top, s[i]);
+#pragma unroll
+                for (int offset = PER_ROW / 2; offset > 0; offset /= 2) top = fmaxf(top, __shfl_xor_sync(0xffffffff, top, offset));
+                float factor = rescale(m, top);
+                m = top;
+                l *= factor;
+#pragma unroll
+                for (int i = 0; i < OWN; i++) {
+                    s[i] = rescale(s[i], top);
+                    l += s[i];
+                }
+#pragma unroll
+                for (int i = 0; i < OWN; i += 4) *(uint2*)(weights + row * SCORES + at + i) = {pack_bf16(s[i], s[i + 1]), pack_bf16(s[i + 2], s[i + 3])};
+                if (at == 0) factors[row] = factor;
+            }
+            __syncthreads();
+
+            // O' = O·2^(m − m') + PV
+            uint32_t w[M][KEYS / 16][4];
+            float factor[M][2];
+#pragma unroll
+            for (int t = 0; t < M; t++) {
+#pragma unroll
+                for (int step = 0; step < KEYS / 16; step++)
+                    load_matrices(w[t][step], shared_address(weights + (t * 16 + lane % 16) * SCORES + step * 16 + lane / 16 * 8));
+                factor[t][0] = factors[t * 16 + lane / 4];
+                factor[t][1] = factors[t * 16 + lane / 4 + 8];
+            }
+            const floatX* value_at = values + (stage * KEYS + lane % 16) * v_row + lane / 16 * 8;
+#pragma unroll
+            for (int i = 0; i < PIECES; i++) {
+                int c = (warp + WARPS * i) * 16;
+                if (c >= a.d_v) continue;
+#pragma unroll
+                for (int t = 0; t < M; t++)
+#pragma unroll
+                    for (int e = 0; e < 4; e++) {
+                        o[t][i][0][e] *= factor[t][e / 2];
+                        o[t][i][1][e] *= factor[t][e / 2];
+                    }
+#pragma unroll
+                for (int step = 0; step < KEYS / 16; step++) {
+                    uint32_t v[4];
+                    load_matrices_transposed(v, shared_address(value_at + step * 16 * v_row + c));
+#pragma unroll
+                    for (int t = 0; t < M; t++) {
+                        mma(o[t][i][0], w[t][step], v[0], v[1]);
+                        mma(o[t][i][1], w[t][step], v[2], v[3]);
+                    }
+                }
+            }
+        }
+
+#pragma unroll
+        for (int offset = PER_ROW / 2; offset > 0; offset /= 2) l += __shfl_xor_sync(0xffffffff, l, offset);
+        if (threadIdx.x % PER_ROW == 0) {
+            row_m[threadIdx.x / PER_ROW] = m;
+            row_l[threadIdx.x / PER_ROW] = l;
         }
         __syncthreads();
-
-        // Weights as the left operand: block 8·g of the keys is column half g%2 of step g/2.
-        uint32_t weights[KEYS3 / 16][4];
-        float factor[2];
 #pragma unroll
-        for (int i = 0; i < 2; i++) {
-            float2 s[KEYS3 / 8];
-            float now = m[i];
+        for (int t = 0; t < M; t++)
 #pragma unroll
-            for (int g = 0; g < KEYS3 / 8; g++) {
-                s[g] = *(const float2*)(scores + (lane / 4 + 8 * i) * SCORES3 + g * 8 + lane % 4 * 2);
-                now = fmaxf(now, fmaxf(s[g].x, s[g].y));
+            for (int i = 0; i < 2; i++) {
+                int r = t * 16 + lane / 4 + 8 * i;
+                if (r >= x.rows) continue;
+                float row_sum = row_l[r], factor = row_sum > 0 ? 1 / row_sum : 0, lse = row_sum > 0 ? (row_m[r] + log2f(row_sum)) * LN2 : -INFINITY;
+                Row row = find_row(a, p, x, 0, r);
+                float* slot = p.slot_o(x.slot, r);
+#pragma unroll
+                for (int e = 0; e < 2 * PIECES; e++) {
+                    int c = (warp + WARPS * (e / 2)) * 16 + e % 2 * 8 + lane % 4 * 2;
+                    float pair[2] = {o[t][e / 2][e % 2][2 * i], o[t][e / 2][e % 2][2 * i + 1]};
+                    if (c >= a.d_v) continue;
+                    if (x.whole) {
+                        pair[0] *= factor;
+                        pair[1] *= factor;
+                        write_result(a, to, x, row, c, pair, lse);
+                    } else {
+                        *(float2*)(slot + c) = {pair[0], pair[1]};
+                    }
+                }
+                if (!x.whole && warp == 0 && lane % 4 == 0) {
+                    p.slot_m(x.slot)[r] = row_m[r];
+                    p.slot_l(x.slot)[r] = row_sum;
+                }
             }
-            now = fmaxf(now, __shfl_xor_sync(0xffffffff, now, 1));
-            now = fmaxf(now, __shfl_xor_sync(0xffffffff, now, 2));
-            factor[i] = m[i] == -INFINITY ? 0 : __expf(m[i] - now);
-            m[i] = now;
-            l[i] *= factor[i];
-#pragma unroll
-            for (int g = 0; g < KEYS3 / 8; g++) {
-                s[g].x = s[g].x == -INFINITY ? 0 : __expf(s[g].x - now);
-                s[g].y = s[g].y == -INFINITY ? 0 : __expf(s[g].y - now);
-                l[i] += s[g].x + s[g].y;
-                weights[g / 2][g % 2 * 2 + i] = pack_bf16(s[g].x, s[g].y);
-            }
-        }
-
-        // O' = O·exp(m − m') + PV
-        const floatX* value_at = values + (stage * KEYS3 + lane % 16) * v_row + lane / 16 * 8;
-#pragma unroll
-        for (int i = 0; i < PIECES; i++) {
-            int c = (warp + WARPS * i) * 16;
-            if (c >= a.d_v) continue;
-#pragma unroll
-            for (int e = 0; e < 4; e++) {
-                o[i][0][e] *= factor[e / 2];
-                o[i][1][e] *= factor[e / 2];
-            }
-#pragma unroll
-            for (int step = 0; step < KEYS3 / 16; step++) {
-                uint32_t v[4];
-                load_matrices_transposed(v, shared_address(value_at + step * 16 * v_row + c));
-                mma(o[i][0], weights[step], v[0], v[1]);
-                mma(o[i][1], weights[step], v[2], v[3]);
-            }
-        }
+        if (!x.whole) leave_piece(p, pieces, x);
+        __syncthreads();
     }
-
-#pragma unroll
-    for (int i = 0; i < 2; i++) {
-        float sum = l[i];  // each of the row's four lanes has its own keys
-        sum += __shfl_xor_sync(0xffffffff, sum, 1);
-        sum += __shfl_xor_sync(0xffffffff, sum, 2);
-        if (b.first + lane / 4 + 8 * i >= b.rows) continue;
-        float factor = sum > 0 ? 1 / sum : 0, lse = sum > 0 ? m[i] + logf(sum) : -INFINITY;
-        floatX* out = o_row(a, p, b.seq, row[i].query, row[i].head);
-        float* part = p.direct ? nullptr : p.part(a, b.seq, b.split, row[i].query, row[i].head);
-#pragma unroll
-        for (int e = 0; e < 4 * PIECES; e++) {
-            int c = (warp + WARPS * (e / 4)) * 16 + e / 2 % 2 * 8 + lane % 4 * 2 + e % 2;
-            float x = sum > 0 ? o[e / 4][e / 2 % 2][2 * i + e % 2] * factor : 0;
-            if (c >= a.d_v) continue;
-            if (p.direct)
-                out[c] = from_float<floatX>(x);
-            else
-                part[c] = x;
-        }
-        if (warp == 0 && lane % 4 == 0) {
-            if (p.direct)
-                write_lse(a, p, b.seq, row[i].query, row[i].head, lse);
-            else
-                part[a.d_v] = lse;
-        }
-    }
+    if (!waited) wait_for_kernel_before();  // a kernel never ends before the one in front of it
+    merge_pieces(a, p, to, pieces, (float*)decode_shared);
 }
 
-inline void launch3(cudaStream_t stream, const SoftmaxAttention& a, const Plan& p, int blocks) {
-    auto kernel = a.d_v <= 64    ? softmax_decode_kernel3<1>
-                  : a.d_v <= 128 ? softmax_decode_kernel3<2>
-                  : a.d_v <= 256 ? softmax_decode_kernel3<4>
-                                 : softmax_decode_kernel3<8>;
-    int64_t shared = shared_bytes3(a.d_qk, a.d_v, p.latent);
-    allow_shared_memory(kernel, shared);
-    kernel<<<blocks, THREADS, shared, stream>>>(a, p);
-}
-#else
-inline void launch3(cudaStream_t, const SoftmaxAttention&, const Plan&, int) { assert(!"tensor cores multiply bf16"); }
 #endif
-
-// ---- the merge --------------------------------------------------------------------------------------------------------------------------------------------
-// One block a row: four neighbouring columns a thread, and as many chunks side by side as the block has room for.
-
-constexpr int MERGE_THREADS = 256;
-__global__ void __launch_bounds__(MERGE_THREADS) softmax_decode_merge_kernel(SoftmaxAttention a, Plan p) {
-    extern __shared__ float decode_weight[];  // (splits)
-    __shared__ float maxima[32], totals[32];
-    __shared__ float4 sums[MERGE_THREADS];
-    int h = blockIdx.x % a.heads, query = p.q0 + blockIdx.x / a.heads % p.queries, s = blockIdx.x / a.heads / p.queries, queries, begin, end;
-    visible_keys(a, p, s, &queries, &begin, &end);
-    if (query >= p.q0 + queries) return;
-    int count = (int)ceil_div(end - begin, p.chunk);
-    const float* first = p.part(a, s, 0, query, h);
-    int64_t step = (int64_t)p.queries * a.heads * p.record;  // from chunk to chunk
-
-    float m = -INFINITY, total = 0;
-    for (int k = threadIdx.x; k < count; k += MERGE_THREADS) {
-        decode_weight[k] = first[k * step + a.d_v];
-        m = fmaxf(m, decode_weight[k]);
-    }
-    m = block_max(m, maxima);
-    for (int k = threadIdx.x; k < count; k += MERGE_THREADS) {
-        float w = decode_weight[k] == -INFINITY ? 0 : expf(decode_weight[k] - m);
-        decode_weight[k] = w;
-        total += w;
-    }
-    total = block_sum(total, totals);
-
-    floatX* out = o_row(a, p, s, query, h);
-    int quads = (a.d_v + 3) / 4, lanes = min(quads, MERGE_THREADS), groups = MERGE_THREADS / lanes, lane = threadIdx.x % lanes, group = threadIdx.x / lanes;
-    for (int quad = lane; quad - lane < quads; quad += lanes) {
-        float4 sum = {0, 0, 0, 0};
-        if (group < groups && quad < quads) {
-#pragma unroll 8
-            for (int k = group; k < count; k += groups) {
-                float w = decode_weight[k];
-                float4 x = *(const float4*)(first + k * step + 4 * quad);
-                if (w == 0) continue;
-                sum.x += w * x.x;
-                sum.y += w * x.y;
-                sum.z += w * x.z;
-                sum.w += w * x.w;
-            }
-        }
-        sums[threadIdx.x] = sum;
-        __syncthreads();
-        if (group == 0 && quad < quads) {
-            float x[4] = {0, 0, 0, 0};
-            for (int g = 0; g < groups; g++) {
-                float4 y = sums[g * lanes + lane];
-                x[0] += y.x;
-                x[1] += y.y;
-                x[2] += y.z;
-                x[3] += y.w;
-            }
-            for (int e = 0; e < 4; e++)
-                if (4 * quad + e < a.d_v) out[4 * quad + e] = from_float<floatX>(total > 0 ? x[e] / total : 0);
-        }
-        __syncthreads();
-    }
-    if (threadIdx.x == 0) write_lse(a, p, s, query, h, total > 0 ? m + logf(total) : -INFINITY);
-}
 
 // ---- the host's side --------------------------------------------------------------------------------------------------------------------------------------
 
-constexpr int LAUNCH_ROWS = 64;  // of a kv head in one launch, so that partial results stay few beside the keys: further queries are further launches
-inline int launch_queries(int heads, int kv_heads) { return std::max(1, LAUNCH_ROWS * kv_heads / heads); }
-
 inline bool latent(const SoftmaxAttention& a) { return a.kv_heads == 1 && a.d_v <= a.d_qk && a.v_offset == a.k_offset; }
 
+// What the kernels are launched with.
+struct Launch {
+    int rows, kv_heads;  // of an item
+    int tile, least;     // keys of a tile, tiles of a block at least
+    int lanes = 1;       // blocks side by side on the same keys
+    int threads, shared;
+    int blocks;  // that run at a time, at most
+};
+
+inline Schedule make_schedule(const SoftmaxAttention& a, const Launch& x, Scratch scratch, int* grid) {
+    return make_schedule(a, 0, a.max_q, x.rows, x.kv_heads, x.tile, x.least, x.blocks, scratch, grid, x.lanes);
+}
+
+inline int largest_divisor(int n, int most) {
+    while (n % most != 0) most--;
+    return most;
+}
+
+// f(Shape4<LANES, CHUNKS, R>) with the one for these sizes. rows: of a kv head.
+constexpr int MAX_CHUNKS4 = 5;
+template <int LANES, class F>
+inline void with_rows4(int rows, F f) {
+    if (rows == 1)
+        f(Shape4<LANES, 1, 1>());
+    else if (rows == 2)
+        f(Shape4<LANES, 1, 2>());
+    else
+        f(Shape4<LANES, 1, 4>());
+}
+template <class F>
+inline void with_shape4(int d, int rows, F f) {
+    int lanes = (int)ceil_div(d, Packed<floatX>::size);
+    if (lanes > 32)
+        f(Shape4<32, MAX_CHUNKS4, 1>());
+    else if (lanes > 16)
+        with_rows4<32>(rows, f);
+    else if (lanes > 8)
+        with_rows4<16>(rows, f);
+    else
+        with_rows4<8>(rows, f);
+}
+inline int longest_key4() { return MAX_CHUNKS4 * 32 * Packed<floatX>::size; }
+
+template <class Kernel>
+inline Launch with_blocks(Launch x, Kernel* kernel) {
+    x.shared = std::max(x.shared, merge_numbers(x.threads) * (int)sizeof(float));
+    if (x.shared > 47 << 10) x.shared = std::max(x.shared, (48 << 10) + 16);  // asked for, since what is not dynamic counts too
+    x.blocks = resident_blocks(kernel, x.threads, x.shared);
+    return x;
+}
+template <class Shape>
+inline Launch launch4(Shape, int kv_heads, int num_seqs) {
+    Launch x{};
+    x.rows = Shape::ROWS;
+    // The heads of a token stand side by side. Of many sequences an item takes some heads; of one, a single one, since there every list is cut into many pieces
+    // and the merging is the faster the more blocks share it.
+    x.kv_heads = largest_divisor(kv_heads, std::min(kv_heads, num_seqs > 1 ? 4 : 1));
+    int warps = Shape::WARPS / x.kv_heads * x.kv_heads;
+    x.tile = Shape::KEYS * (warps / x.kv_heads);
+    x.least = 1;
+    x.threads = 32 * warps;
+    x.shared = Shape::shared_bytes(warps);
+    return with_blocks(x, Shape::kernel());
+}
+template <int M, class Kernel>
+inline Launch launch5(Kernel* kernel, int d_qk, int d_v, bool latent) {
+    using Shape = Shape5<M>;
+    Launch x{};
+    x.rows = Shape::ROWS;
+    x.kv_heads = 1;
+    x.tile = Shape::KEYS;
+    x.least = M == 1 ? 1 : 2;
+    x.threads = Shape::THREADS;
+    x.shared = shared_bytes5<M>(d_qk, d_v, latent);
+    return with_blocks(x, kernel);
+}
+
+#ifndef GPU_FLOAT32
+// f(kernel, M), where M is 4 (many rows) or 1
+template <class F>
+inline void with_kernel5(int d_v, bool many, F f) {
+    using One = std::integral_constant<int, 1>;
+    using Four = std::integral_constant<int, 4>;
+    if (!many)
+        f(d_v <= 128 ? softmax_decode_kernel5<1, 1> : d_v <= 256 ? softmax_decode_kernel5<1, 2> : softmax_decode_kernel5<1, 4>, One());
+    else
+        f(d_v <= 128 ? softmax_decode_kernel5<4, 1> : d_v <= 256 ? softmax_decode_kernel5<4, 2> : softmax_decode_kernel5<4, 4>, Four());
+}
+#endif
+
+template <int M>
+inline bool fits5(int d_qk, int d_v, bool latent) {
+    return shared_bytes5<M>(d_qk, d_v, latent) + 1024 <= (int)device_properties().sharedMemPerBlockOptin;
+}
 inline bool tensor_cores_can(int d_qk, int d_v, bool latent) {
-    return sizeof(floatX) == 2 && d_qk % 8 == 0 && d_v % 8 == 0 && d_v <= 512 &&
-           shared_bytes3(d_qk, d_v, latent) <= (int64_t)device_properties().sharedMemPerBlockOptin;
+    return sizeof(floatX) == 2 && d_qk % 8 == 0 && d_v % 8 == 0 && d_v <= 512 && fits5<1>(d_qk, d_v, latent);
 }
 inline bool tensor_cores_can(const SoftmaxAttention& a) { return tensor_cores_can(a.d_qk, a.d_v, latent(a)) && a.q_stride % 8 == 0 && aligned16(a.q); }
 
-// How many blocks a launch should have. Kernel 2: as many as run at the same time. Kernel 3: twice as many, for few large blocks share a multiprocessor and
-// half a wave at the end would cost more.
-inline int wanted_blocks(int d_qk, int d_v, bool latent, bool tensor_cores) {
-    const cudaDeviceProp& device = device_properties();
-    if (!tensor_cores) return BLOCKS2 * device.multiProcessorCount;
-    int64_t fit = (int64_t)device.sharedMemPerMultiprocessor / (shared_bytes3(d_qk, d_v, latent) + 1024);
-    return 2 * (int)std::min<int64_t>(8, std::max<int64_t>(1, fit)) * device.multiProcessorCount;
+inline int rows_of(const SoftmaxAttention& a) { return a.max_q * (a.heads / a.kv_heads); }  // at most, of a kv head
+
+// overlap: the kernel may begin before the one in front of it has ended; it calls wait_for_kernel_before().
+template <class... Parameters, class... Arguments>
+inline void launch(cudaStream_t stream, [[maybe_unused]] bool overlap, void (*kernel)(Parameters...), int blocks, int threads, int shared,
+                   Arguments... arguments) {
+    cudaLaunchAttribute attribute = {};
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config = {};
+    config.gridDim = dim3((unsigned)blocks);
+    config.blockDim = dim3((unsigned)threads);
+    config.dynamicSmemBytes = (size_t)shared;
+    config.stream = stream;
+    config.attrs = &attribute;
+#ifndef GPU_FLOAT32
+    config.numAttrs = overlap && overlap_code() ? 1 : 0;
+#endif
+    allow_shared_memory(kernel, shared);
+    CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, (Parameters)arguments...));
 }
 
-// `splits` > 0 asks for so many (fewer if there are not keys enough for them).
-inline Plan make_plan(const SoftmaxAttention& a, bool tensor_cores, int q0, int splits) {
-    constexpr int size = Packed<floatX>::size;
-    Plan p{};
-    p.q0 = q0;
-    p.queries = std::min(launch_queries(a.heads, a.kv_heads), a.max_q - q0);
-    int rows = p.queries * (a.heads / a.kv_heads), keys = a.window > 0 ? (int)std::min<int64_t>(a.max_k, (int64_t)a.window + p.queries - 1) : a.max_k;
-    p.rows = tensor_cores ? ROWS3 : rows > 1 ? 4 : 1;
-    p.tiles = (int)ceil_div(rows, p.rows);
-    p.latent = latent(a);
-    int64_t pieces = (int64_t)a.num_seqs * a.kv_heads * p.tiles;
-    int64_t wanted = splits > 0 ? splits : std::max<int64_t>(1, wanted_blocks(a.d_qk, a.d_v, p.latent, tensor_cores) / pieces);
-    int shortest = splits > 0 ? KEYS3 : tensor_cores ? 128 : 64;
-    p.chunk = (int)std::max<int64_t>(shortest, round_up(ceil_div(keys, wanted), KEYS3));
-    p.splits = (int)std::max<int64_t>(1, ceil_div(keys, p.chunk));
-    assert(pieces * p.splits <= INT_MAX);
-    p.vectors = (a.d_qk | a.d_v | a.q_stride | a.k_offset | a.v_offset | a.k_head | a.v_head) % size == 0 && aligned16(a.q);
-    p.direct = p.splits == 1 && (tensor_cores || p.chunk <= TILE);
-    p.record = (int)round_up(a.d_v + 1, 4);
-    return p;
-}
-
-// As softmax_decode, by the kernel and in so many splits as asked for.
-inline void softmax_decode_as(cudaStream_t stream, const SoftmaxAttention& a, floatX* o, int64_t o_stride, float* lse, Scratch scratch, bool tensor_cores,
-                              int splits) {
+// As softmax_decode, by one of the two kernels. change(Launch&): what shall not be as it is by default; for the ladder.
+template <class Change>
+inline void softmax_decode_as(cudaStream_t stream, const SoftmaxAttention& a, const Result& to, Scratch scratch, bool tensor_cores, bool overlap,
+                              Change change) {
     assert(a.states && a.heads % a.kv_heads == 0 && a.dropout.p == 0);
-    if (a.num_seqs == 0) return;
-    for (int q0 = 0; q0 < a.max_q; q0 += launch_queries(a.heads, a.kv_heads)) {
-        Plan p = make_plan(a, tensor_cores, q0, splits);
-        p.o = o;
-        p.o_stride = o_stride;
-        p.lse = lse;
-        Scratch rest = scratch;
-        if (!p.direct) p.partial = rest.take<float>((int64_t)a.num_seqs * p.splits * p.queries * a.heads * p.record);
-        int blocks = a.num_seqs * p.splits * a.kv_heads * p.tiles;
-        if (tensor_cores)
-            launch3(stream, a, p, blocks);
-        else if (p.rows == 1)
-            softmax_decode_kernel2<1><<<blocks, THREADS, 0, stream>>>(a, p);
-        else
-            softmax_decode_kernel2<4><<<blocks, THREADS, 0, stream>>>(a, p);
-        LAUNCH_CHECK();
-        if (p.direct) continue;
-        size_t shared = p.splits * sizeof(float);
-        allow_shared_memory(softmax_decode_merge_kernel, shared);
-        softmax_decode_merge_kernel<<<a.num_seqs * p.queries * a.heads, MERGE_THREADS, shared, stream>>>(a, p);
-        LAUNCH_CHECK();
+    if (a.num_seqs == 0 || a.max_q == 0) return;
+    int grid;
+    if (!tensor_cores) {
+        int d = std::max(a.d_qk, a.d_v);
+        if (d > longest_key4()) data_error("decoding takes keys of up to %d numbers, not %d", longest_key4(), d);
+        with_shape4(d, rows_of(a), [&](auto shape) {
+            Launch x = launch4(shape, a.kv_heads, a.num_seqs);
+            change(x);
+            Schedule p = make_schedule(a, x, scratch, &grid);
+            launch(stream, overlap, decltype(shape)::kernel(), grid, x.threads, x.shared, a, p, to);
+        });
+    } else {
+#ifndef GPU_FLOAT32
+        with_kernel5(a.d_v, rows_of(a) > 16 && fits5<4>(a.d_qk, a.d_v, latent(a)), [&](auto kernel, auto m) {
+            Launch x = launch5<m>(kernel, a.d_qk, a.d_v, latent(a));
+            if (rows_of(a) > x.rows) x.lanes = 2;
+            change(x);
+            Schedule p = make_schedule(a, x, scratch, &grid);
+            launch(stream, overlap, kernel, grid, x.threads, x.shared, a, p, to, latent(a));
+        });
+#else
+        assert(!"tensor cores multiply bf16");
+#endif
     }
 }
 
 }  // namespace decode
 
 // Bytes of scratch memory that softmax_decode takes at most for up to num_seqs sequences of up to max_q queries, however many keys they have.
-inline int64_t softmax_decode_scratch(int heads, int kv_heads, int d_qk, int d_v, int num_seqs, int max_q) {
-    int64_t rows = (int64_t)num_seqs * std::min(max_q, decode::launch_queries(heads, kv_heads)) * heads;
-    bool latent = kv_heads == 1 && d_v <= d_qk;
-    rows = std::max<int64_t>(rows, (int64_t)decode::wanted_blocks(d_qk, d_v, latent, false) * 4);
-    if (decode::tensor_cores_can(d_qk, d_v, latent)) rows = std::max<int64_t>(rows, (int64_t)decode::wanted_blocks(d_qk, d_v, latent, true) * decode::ROWS3);
-    return scratch_bytes({rows * round_up(d_v + 1, 4) * (int64_t)sizeof(float)});
+inline int64_t softmax_decode_scratch([[maybe_unused]] int heads, int kv_heads, int d_qk, int d_v, int num_seqs, [[maybe_unused]] int max_q) {
+    using namespace decode;
+    [[maybe_unused]] bool latent = kv_heads == 1 && d_v <= d_qk;
+    int64_t bytes = 0;
+    auto bound = [&](const Launch& x) { bytes = std::max(bytes, schedule_scratch(x.blocks, x.rows * x.kv_heads, d_v)); };
+    for (int rows : {1, 2, 4})
+        with_shape4(std::max(d_qk, d_v), rows, [&](auto shape) {
+            bound(launch4(shape, kv_heads, 1));
+            bound(launch4(shape, kv_heads, num_seqs));
+        });
+#ifndef GPU_FLOAT32
+    bytes = std::max(bytes, hopper_decode_scratch(heads, kv_heads, d_qk, d_v, max_q));
+    if (tensor_cores_can(d_qk, d_v, latent)) {
+        auto bound5 = [&](auto kernel, auto m) { bound(launch5<m>(kernel, d_qk, d_v, latent)); };
+        with_kernel5(d_v, false, bound5);
+        if (max_q * (heads / kv_heads) > 16 && fits5<4>(d_qk, d_v, latent)) with_kernel5(d_v, true, bound5);
+    }
+#endif
+    return bytes;
 }
 
 // o (rows of q, NH·d_v, o_stride apart), lse (NH, q_rows): lse[h·q_rows + n], or null; keys and values in the pages of a.states. cpu::softmax_forward.
-// No dropout: decoding has none.
-inline void softmax_decode(cudaStream_t stream, const SoftmaxAttention& a, floatX* o, int64_t o_stride, float* lse /*or null*/, Scratch scratch) {
-    int rows = std::min(a.max_q, decode::launch_queries(a.heads, a.kv_heads)) * (a.heads / a.kv_heads);
-    decode::softmax_decode_as(stream, a, o, o_stride, lse, scratch, rows > 4 && decode::tensor_cores_can(a), 0);
+// No dropout: decoding has none. overlap: lengths, page tables and the rows of earlier tokens were there before the kernel in front began (matvec.cuh).
+inline void softmax_decode(cudaStream_t stream, const SoftmaxAttention& a, floatX* o, int64_t o_stride, float* lse /*or null*/, Scratch scratch,
+                           bool overlap = false) {
+    using namespace decode;
+#ifndef GPU_FLOAT32
+    if (hopper_decode_can(a)) {
+        hopper_decode(stream, a, o, o_stride, lse, scratch);
+        return;
+    }
+#endif
+    softmax_decode_as(stream, a, {o, o_stride, lse}, scratch, rows_of(a) >= 4 && tensor_cores_can(a), overlap, [](Launch&) {});
 }
 
-// ---- rows into pages and out of them
-// ------------------------------------------------------------------------------------------------------------------------- One warp a row; bytes: each row
-// once in, once out.
+// ---- rows into pages and out of them ----------------------------------------------------------------------------------------------------------------------
+// One warp a row; bytes: each row once in, once out.
 
 constexpr int PAGE_THREADS = 256, PAGE_ROWS = PAGE_THREADS / 32;
 
@@ -651,17 +843,95 @@ __device__ inline void copy_row_by_warp(floatX* to, const floatX* from, int widt
 
 __global__ void __launch_bounds__(PAGE_THREADS)
     append_rows_kernel(const AttentionState* states, const TokenPlace* place, const floatX* x, int64_t x_stride, int width, int64_t N) {
+    let_next_kernel_start();
     int64_t n = (int64_t)blockIdx.x * PAGE_ROWS + threadIdx.x / 32;
-    if (n >= N) return;
-    const AttentionState& state = states[place[n].seq];
-    copy_row_by_warp(state.row(state.length + place[n].pos), x + n * x_stride, width);
+    floatX* row = n < N ? states[place[n].seq].row(states[place[n].seq].length + place[n].pos) : nullptr;
+    wait_for_kernel_before();
+    if (n < N) copy_row_by_warp(row, x + n * x_stride, width);
 }
 
-// x (N, x_stride apart): the first `width` numbers of each row go to where its token's row stands, behind what the state holds.
-inline void append_rows(cudaStream_t stream, const AttentionState* states, const TokenPlace* place, const floatX* x, int64_t x_stride, int width, int64_t N) {
+// x (N, x_stride apart): the first `width` numbers of each row go to where its token's row stands, behind what the state holds. overlap: as in softmax_decode.
+inline void append_rows(cudaStream_t stream, const AttentionState* states, const TokenPlace* place, const floatX* x, int64_t x_stride, int width, int64_t N,
+                        bool overlap = false) {
     if (N == 0) return;
-    append_rows_kernel<<<(unsigned)ceil_div(N, PAGE_ROWS), PAGE_THREADS, 0, stream>>>(states, place, x, x_stride, width, N);
-    LAUNCH_CHECK();
+    decode::launch(stream, overlap, append_rows_kernel, (int)ceil_div(N, PAGE_ROWS), PAGE_THREADS, 0, states, place, x, x_stride, width, N);
+}
+
+// As rope.cuh's, given exp2(i·exponent).
+__device__ inline float2 rope_rotation(int position, double power, int direction) {
+    double turns = position * power * 0.15915494309189535;  // 1/2π
+    float s, c;
+    sincospif((float)(2 * (turns - rint(turns))), &s, &c);
+    return {c, direction * s};
+}
+
+// The same for rows [q | k | v] of causal attention, whose q is turned by its position where it stands, and k on the way into its page: rope() and
+// append_rows() in one launch, since a launch costs as much as the rows of a few tokens. One block a token, 16 bytes a thread at a time; those of a thread's
+// first APPEND_PACKS that come from x are on their way while the angles are computed.
+constexpr int APPEND_THREADS = 256, APPEND_PACKS = 4;
+__global__ void __launch_bounds__(APPEND_THREADS) rope_append_kernel(const AttentionState* states, const TokenPlace* place, floatX* qkv, int64_t stride,
+                                                                     int heads, int kv_heads, int hs, const int* position, double exponent) {
+    constexpr int V = Packed<floatX>::size;
+    extern __shared__ float4 append_rotations[];  // (hs/4): cos, sin, cos, sin of two neighbouring pairs
+    let_next_kernel_start();
+    const int64_t n = blockIdx.x;
+    const AttentionState& state = states[place[n].seq];
+    floatX *x = qkv + n * stride, *row = state.row(state.length + place[n].pos);
+    const int q_packs = heads * hs / V, turned = q_packs + kv_heads * hs / V, packs = turned + kv_heads * hs / V;
+    const bool vectors = decode::on_16_bytes(row);
+    const int at = position[n];
+    double powers = exp2((int)threadIdx.x * exponent);
+    wait_for_kernel_before();
+    for (int first = threadIdx.x; first - (int)threadIdx.x < packs; first += APPEND_THREADS * APPEND_PACKS) {
+        Packed<floatX> v[APPEND_PACKS];
+#pragma unroll
+        for (int k = 0; k < APPEND_PACKS; k++)
+            if (first + k * APPEND_THREADS < packs) v[k] = load_packed(x + (first + k * APPEND_THREADS) * V);
+        if (first == (int)threadIdx.x) {
+            for (int i = threadIdx.x; i < hs / 2; i += APPEND_THREADS) {
+                if (i >= APPEND_THREADS) powers = exp2(i * exponent);
+                ((float2*)append_rotations)[i] = rope_rotation(at, powers, 1);
+            }
+            __syncthreads();
+        }
+#pragma unroll
+        for (int k = 0; k < APPEND_PACKS; k++) {
+            int p = first + k * APPEND_THREADS;
+            if (p >= packs) break;
+            if (p < turned) {
+#pragma unroll
+                for (int i = 0; i < V; i += 4) {
+                    float4 r = append_rotations[p * V % hs / 4 + i / 4];
+                    float a0 = v[k][i], b0 = v[k][i + 1], a1 = v[k][i + 2], b1 = v[k][i + 3];
+                    v[k].set(i, a0 * r.x - b0 * r.y);
+                    v[k].set(i + 1, a0 * r.y + b0 * r.x);
+                    v[k].set(i + 2, a1 * r.z - b1 * r.w);
+                    v[k].set(i + 3, a1 * r.w + b1 * r.z);
+                }
+            }
+            if (p < q_packs) {
+                store_packed(x + p * V, v[k]);
+            } else if (vectors) {
+                store_packed(row + (p - q_packs) * V, v[k]);
+            } else {
+                for (int e = 0; e < V; e++) row[(p - q_packs) * V + e] = v[k].v[e];
+            }
+        }
+    }
+}
+
+// qkv (N, stride apart): rows [q (heads·hs) | k (kv_heads·hs) | v (kv_heads·hs)]. Afterwards q and k are rotated by position (N), q in place, and [k | v] stand
+// where the tokens' rows are in the states; whether k is rotated in qkv too depends on the sizes. overlap: as in softmax_decode, and `position` was there, too.
+inline void rope_append(cudaStream_t stream, const AttentionState* states, const TokenPlace* place, floatX* qkv, int64_t stride, int64_t N, int heads,
+                        int kv_heads, int hs, const int* position, bool overlap = false) {
+    if (N == 0) return;
+    if ((stride | hs) % Packed<floatX>::size == 0 && aligned16(qkv)) {
+        decode::launch(stream, overlap, rope_append_kernel, (int)N, APPEND_THREADS, hs * (int)sizeof(float), states, place, qkv, stride, heads, kv_heads, hs,
+                       position, rope_exponent(hs));
+    } else {
+        rope(stream, qkv, stride, qkv, stride, N, heads + kv_heads, hs, hs, position, 1);
+        append_rows(stream, states, place, qkv + (int64_t)heads * hs, stride, 2 * kv_heads * hs, N);
+    }
 }
 
 __global__ void __launch_bounds__(PAGE_THREADS) gather_rows_kernel(floatX* out, const AttentionState* states, const int* cu, int width, int tiles) {
