@@ -76,7 +76,7 @@ struct Device {
           dbeta(layer.config.heads),
           lse(layer.N * layer.config.heads),
           memories(pass.max_memories * infini_memory_size(layer.config)),
-          scratch(gpu::infini_scratch(layer.config, layer.N, (int64_t)layer.lengths.size(), layer.N, true)) {
+          scratch(gpu::infini_scratch(layer.config, layer.N, (int64_t)layer.lengths.size(), layer.max_len, layer.N, true)) {
         CUDA_CHECK(cudaMemcpy(place, layer.place.data(), layer.place.size() * sizeof(gpu::TokenPlace), cudaMemcpyHostToDevice));
         ctx.config = &layer.config;
         ctx.stream = stream;

@@ -63,7 +63,7 @@ struct LightningCase {
     DeviceArray<const float*> from, starts;
     DeviceArray<float*> to;
     DeviceArray<char> scratch_memory;
-    DeviceArray<floatX> states;  // that forward leaves
+    DeviceArray<floatX> states;  // that forward leaves, before every chunk at most
 
     // Unless `timing`, with the reference results.
     explicit LightningCase(const LightningShape& s, bool timing = false)
@@ -83,8 +83,8 @@ struct LightningCase {
           from(s.memory ? S : 0),
           starts(s.memory ? S : 0),
           to(s.memory ? S : 0),
-          scratch_memory(lightning_recurrence_scratch(config, N)),
-          states(lightning_states(config, N)) {
+          scratch_memory(lightning_recurrence_scratch(config, N) + std::max<int64_t>(N / 64, 1) * C * s.hs * (int64_t)sizeof(floatX)),
+          states(std::max<int64_t>(N / 64, 1) * C * s.hs) {
         if (timing) {  // a million random numbers again and again
             repeat(d_u, random_numbers(1 << 20, 1));
             repeat(d_d_o, random_numbers(1 << 20, 2));
@@ -112,31 +112,28 @@ struct LightningCase {
     Lightning pass() const { return make_lightning(config, S, N, shape.longest(), d_cu); }
 
     // As the layer does it: what sequences start from is copied before anybody leaves anything.
-    void forward(cudaStream_t stream, floatX* o_out, const LightningMethod& method, bool leave_states = false) const {
+    Lightning begin(cudaStream_t stream) const {
         Lightning g = pass();
-        if (shape.memory) {
-            lightning_starts(stream, starts, copies, from, S, size, true);
-            g.memory_from = starts;
-            g.memory_to = to;
-        }
-        lightning_recurrence_forward(stream, g, d_u, o_out, scratch(), method, leave_states ? states.data : nullptr);
+        if (!shape.memory) return g;
+        lightning_starts(stream, starts, copies, from, S, size, true);
+        g.memory_from = starts;
+        return g;
+    }
+    // every >= 0: leaves the states before every 2^every chunks.
+    void forward(cudaStream_t stream, floatX* o_out, const LightningMethod& method, int every = -1) const {
+        Lightning g = begin(stream);
+        if (shape.memory) g.memory_to = to;
+        if (every >= 0) g.every = every;
+        lightning_recurrence_forward(stream, g, d_u, o_out, scratch(), method, every >= 0 ? states.data : nullptr);
     }
     // The states alone, for backward; memories stay as they are.
-    void leave_states(cudaStream_t stream, floatX* o_out, const LightningMethod& method) const {
-        Lightning g = pass();
-        if (shape.memory) {
-            lightning_starts(stream, starts, copies, from, S, size, true);
-            g.memory_from = starts;
-        }
+    void leave_states(cudaStream_t stream, floatX* o_out, const LightningMethod& method, int every = 1) const {
+        Lightning g = begin(stream);
+        g.every = every;
         lightning_recurrence_forward(stream, g, d_u, o_out, scratch(), method, states);
     }
     void backward(cudaStream_t stream, floatX* du_out, const LightningMethod& method, bool take_states = false) const {
-        Lightning g = pass();
-        if (shape.memory) {
-            lightning_starts(stream, starts, copies, from, S, size, true);
-            g.memory_from = starts;
-        }
-        lightning_recurrence_backward(stream, g, d_u, d_d_o, du_out, scratch(), method, take_states ? states.data : nullptr);
+        lightning_recurrence_backward(stream, begin(stream), d_u, d_d_o, du_out, scratch(), method, take_states ? states.data : nullptr);
     }
     void poison_scratch() const {
         CUDA_CHECK(cudaMemset(scratch_memory.data, 0xff, scratch_memory.size));

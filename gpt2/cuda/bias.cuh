@@ -29,8 +29,10 @@ __device__ inline void add_partial_columns(const ColumnSums& sums, const float* 
     __shared__ float shared[32][WIDTH];
     int threads = blockDim.x * blockDim.y, thread = threadIdx.y * blockDim.x + threadIdx.x, lane = thread % 32, warps = threads / 32;
     for (int first = blockIdx.x * WIDTH; first < columns; first += gridDim.x * WIDTH) {
-        int column = first + thread % WIDTH;
-        float sum = 0;
+        int column = first + thread % WIDTH, which = column / C;
+        float* to = which == 0 ? sums.first : which == 1 ? sums.second : sums.third;
+        bool adds = thread < WIDTH && column < columns && to;
+        float sum = 0, before = adds ? to[column - which * C] : 0;
         if (column < columns) {
 #pragma unroll 8
             for (int row = thread / WIDTH; row < rows; row += threads / WIDTH) sum += __ldcg(partial + (int64_t)row * columns + column);
@@ -40,12 +42,11 @@ __device__ inline void add_partial_columns(const ColumnSums& sums, const float* 
         for (int offset = WIDTH; offset < 32; offset *= 2) sum += __shfl_xor_sync(0xffffffff, sum, offset);
         if (lane < WIDTH) shared[thread / 32][lane] = sum;
         __syncthreads();
-        if (thread < WIDTH && column < columns) {
+        if (adds) {
             sum = 0;
+#pragma unroll 8
             for (int warp = 0; warp < warps; warp++) sum += shared[warp][thread];
-            int which = column / C;
-            float* to = which == 0 ? sums.first : which == 1 ? sums.second : sums.third;
-            if (to) to[column - which * C] += sum;
+            to[column - which * C] = before + sum;
         }
         __syncthreads();
     }
@@ -115,6 +116,7 @@ __global__ void __launch_bounds__(BIAS_THREADS, 1)
         for (int j = threadIdx.x; j < vectors * W; j += blockDim.x) {
             if (first_column + j >= OC) continue;
             float total = 0;
+#pragma unroll 8
             for (int s = 0; s < strands; s++) total += shared[(s * W + j % W) * vectors + j / W];
             partial[piece * OC + first_column + j] = total;
         }

@@ -372,6 +372,7 @@ __global__ void __launch_bounds__(NORM_BACKWARD_THREADS, 1)
     __syncthreads();
     for (int j = thread; j < columns; j += threads) {
         float total = 0;
+#pragma unroll 4
         for (int y = 0; y < blockDim.y; y++) total += group_sums[y * columns + j];
         partial[(int64_t)blockIdx.x * columns + j] = total;
     }

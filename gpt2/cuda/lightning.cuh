@@ -28,8 +28,9 @@
 //   lightning_sweep_kernel2      chunks, float32 arithmetic: head sizes up to some 250                       (lightning_sweep.cuh)
 //   lightning_sweep_kernel3      chunks, tensor cores: bf16, head sizes up to 128 that are multiples of 8    (lightning_tensor_cores.cuh)
 //   lightning_forward_kernel5    the same for Hopper; can leave the states before its chunks for backward    (lightning_hopper.cuh)
-//   lightning_backward_kernel6   all gradients by one sweep, for Hopper, which needs these states            (lightning_hopper.cuh)
-//   lightning_states_kernel6     for Hopper: states between spans, and before chunks where none were left     (lightning_hopper.cuh)
+//   lightning_backward_kernel8   all gradients by one sweep, for Hopper, which needs these states            (lightning_hopper.cuh)
+//   lightning_states_kernel6     for Hopper: the states before chunks, where forward has not left them   (lightning_hopper.cuh)
+//   lightning_span_kernel8       for Hopper: what spans add to the states between them                   (lightning_hopper.cuh)
 //
 // The numbers are those of the ladders dev/cuda/lightning_forward.cu, lightning_backward.cu and lightning_gate.cu, which say what was tried and expected.
 #pragma once
@@ -44,33 +45,58 @@ namespace gpu {
 // --------------------------------------------------------------------------------------------------------------------------------------------------
 // 1. States between spans, and at the ends
 
-// borders hold what every span but a sequence's last adds, and become the states behind these spans: S_i = λ^span·S_{i−1} + own_i. A block has 256 numbers
-// of the state of a sequence and head. `backwards`: every span but a sequence's first adds to the state before it, D_i = λ^span·D_{i+1} + own_i.
+// borders hold what every span but a sequence's last adds, and become the states behind these spans: S_i = λ^span·S_{i−1} + own_i. A thread has V numbers of
+// the state of a sequence and head. `backwards`: every span but a sequence's first adds to the state before it, D_i = λ^span·D_{i+1} + own_i.
+template <int V>
 __global__ void lightning_scan_kernel(Lightning g, bool transposed, bool backwards) {
     int h = blockIdx.x % g.heads, hs = g.hs;
-    int64_t e = (int64_t)blockIdx.y * blockDim.x + threadIdx.x, step = g.heads * g.head_state();
+    int64_t e = ((int64_t)blockIdx.y * blockDim.x + threadIdx.x) * V, step = g.heads * g.head_state();
+    __shared__ float block_factor;
+    if (threadIdx.x == 0) block_factor = (float)exp(-g.slope(h) * g.span);
     LightningSpan q;
     q.seq = blockIdx.x / g.heads;
     q.begin = g.cu_seqlens[q.seq];
     int len = g.cu_seqlens[q.seq + 1] - q.begin, borders = (len - 1) / g.span;
-    if (len < g.min_len || len == 0 || e >= g.head_state()) return;
-    float factor = (float)exp(-g.slope(h) * g.span);
-    const float* start = g.start(q.seq, h);
-    float S = !start ? 0 : transposed ? start[e % hs * hs + e / hs] : start[e];
+    if (len < g.min_len || len == 0) return;
+    __syncthreads();
+    if (e >= g.head_state()) return;
+    const float factor = block_factor, *start = g.start(q.seq, h);
+    float S[V];
+#pragma unroll
+    for (int v = 0; v < V; v++) S[v] = !start ? 0 : transposed ? start[(e + v) % hs * hs + (e + v) / hs] : start[e + v];
     float* at = g.border(q, backwards ? borders - 1 : 0, h) + e;
     if (backwards) step = -step;
-    for (int i = 0; i < borders; i += 16) {  // sixteen loads on their way at a time
-        float own[16];
+    constexpr int AHEAD = 8;  // loads on their way at a time
+    for (int i = 0; i < borders; i += AHEAD) {
+        alignas(16) float own[AHEAD][V];
 #pragma unroll
-        for (int j = 0; j < 16; j++) own[j] = i + j < borders ? at[j * step] : 0;
-#pragma unroll
-        for (int j = 0; j < 16; j++) {
+        for (int j = 0; j < AHEAD; j++) {
             if (i + j >= borders) break;
-            S = factor * S + own[j];
-            at[j * step] = S;
+            if constexpr (V == 4)
+                *(float4*)own[j] = *(const float4*)(at + j * step);
+            else
+                own[j][0] = at[j * step];
         }
-        at += 16 * step;
+#pragma unroll
+        for (int j = 0; j < AHEAD; j++) {
+            if (i + j >= borders) break;
+#pragma unroll
+            for (int v = 0; v < V; v++) own[j][v] = S[v] = factor * S[v] + own[j][v];
+            if constexpr (V == 4)
+                *(float4*)(at + j * step) = *(const float4*)own[j];
+            else
+                at[j * step] = own[j][0];
+        }
+        at += AHEAD * step;
     }
+}
+inline void lightning_scan(cudaStream_t stream, const Lightning& g, bool transposed, bool backwards) {
+    unsigned heads = (unsigned)(g.num_seqs * g.heads);
+    if (g.head_state() % 4 == 0)
+        lightning_scan_kernel<4><<<dim3(heads, (unsigned)ceil_div(g.head_state(), 256)), 64, 0, stream>>>(g, transposed, backwards);
+    else
+        lightning_scan_kernel<1><<<dim3(heads, (unsigned)ceil_div(g.head_state(), 64)), 64, 0, stream>>>(g, transposed, backwards);
+    LAUNCH_CHECK();
 }
 
 // Where sequences of several spans have left their states (Lightning::finish), from there to memory.
@@ -112,9 +138,9 @@ inline bool lightning_hopper(int hs) {
     return hs % 8 == 0 && hs <= 128 && hopper_code();
 #endif
 }
-// Numbers (floatX) of the states before chunks, which forward leaves for Hopper's backward if it is given a place: hs/64 for each number of o.
+// Numbers (floatX) of the states before every second chunk, which forward leaves for Hopper's backward if it is given a place: hs/128 for each number of o.
 inline int64_t lightning_states(const AttentionConfig& a, int64_t N) {
-    return lightning_hopper(a.head_size()) ? std::max<int64_t>(N / 64, 1) * a.channels * a.head_size() : 0;
+    return lightning_hopper(a.head_size()) ? std::max<int64_t>(N / 128, 1) * a.channels * a.head_size() : 0;
 }
 
 // Bytes of scratch memory that the recurrence over N tokens takes, forward or backward; `states_left`: backward is given what forward has left.
@@ -202,8 +228,20 @@ inline int lightning_span(const Lightning& g, const LightningPlan& plan, Lightni
     if (plan.kernel == 1 || scheme == SCHEME_SEQUENTIAL || g.max_len <= LIGHTNING_MIN_SPAN) return 0;
     int64_t work = g.tokens * g.heads * plan.column_blocks(g.hs), resident = device_properties().multiProcessorCount * plan.resident();
     if (scheme == SCHEME_AUTO && 3 * (work / g.max_len) >= 2 * resident) return 0;
-    int64_t span = std::clamp<int64_t>(round_up(ceil_div(work, plan.waves * resident), 64), LIGHTNING_MIN_SPAN, LIGHTNING_MAX_SPAN);
+    int64_t span = std::clamp<int64_t>(round_up(ceil_div(work, plan.waves * resident), 128), LIGHTNING_MIN_SPAN, LIGHTNING_MAX_SPAN);
     return span >= g.max_len ? 0 : (int)span;
+}
+
+// The same for Hopper's kernels, whose blocks take nearly the same time each: as many tokens as make the last wave of blocks as full as possible.
+inline int lightning_even_span(const Lightning& g, const LightningPlan& plan) {
+    constexpr int64_t STEP = 128, START = 128;  // to begin and end a span takes as long as that many tokens
+    int64_t resident = device_properties().multiProcessorCount * plan.resident(), best = 0, least = INT64_MAX;
+    for (int64_t span = LIGHTNING_MIN_SPAN; span <= LIGHTNING_MAX_SPAN; span += STEP) {
+        int64_t blocks = std::min(g.num_seqs * ceil_div(g.max_len, span), g.tokens / span + g.num_seqs) * g.heads;
+        int64_t time = ceil_div(blocks, resident) * (span + START);
+        if (time <= least) least = time, best = span;
+    }
+    return best >= g.max_len ? 0 : (int)best;
 }
 
 // One of the two passes over the spans (or the only one). own: what spans add, into the borders.
@@ -254,8 +292,7 @@ inline void lightning_sweep(cudaStream_t stream, Lightning g, LightningSweep w, 
     g.borders = scratch.take<float>(g.tokens / g.span * g.heads * g.head_state());
     dim3 grid((unsigned)(g.num_seqs * g.heads), (unsigned)ceil_div(g.head_state(), 256));
     lightning_launch(stream, g, w, plan, true);
-    lightning_scan_kernel<<<grid, 256, 0, stream>>>(g, w.transposed, false);
-    LAUNCH_CHECK();
+    lightning_scan(stream, g, w.transposed, false);
     lightning_launch(stream, g, w, plan, false);
     if (!g.memory_to && !g.states) return;
     lightning_finish_kernel<<<grid, 256, 0, stream>>>(g);
@@ -273,7 +310,7 @@ struct LightningHopper {
     LightningHopper(cudaStream_t stream, const Lightning& pass, const floatX* u, const floatX* states, const floatX* d_o, const floatX* out,
                     LightningScheme scheme)
         : stream(stream), g(pass), d(pass) {
-        int64_t C = g.channels(), hs = g.hs, N = g.tokens, count = std::max<int64_t>(N / 64, 1) * g.heads, parts = d_o ? 3 : 1;
+        int64_t C = g.channels(), hs = g.hs, N = g.tokens, count = std::max<int64_t>(N >> (6 + g.every), 1) * g.heads, parts = d_o ? 3 : 1;
         maps.u = tensor_map<3>(u, {hs, 3 * g.heads, N}, {hs, 3 * C}, {64, 1, 64});
         maps.d_o = d_o ? tensor_map<3>(d_o, {hs, g.heads, N}, {hs, C}, {64, 1, 64}) : maps.u;
         maps.out = tensor_map<4>(out, {hs, parts * g.heads, N, 1}, {hs, parts * C, parts * C * N}, {64, 1, 64, 1});
@@ -281,13 +318,12 @@ struct LightningHopper {
         LightningPlan plan;
         plan.kernel = 3;
         plan.columns = (int)hs;
-        plan.waves = 2;
         with_size([&](auto HS) {
             using Shape = lightning_wgmma::Shape<HS.value>;
             plan.shared = d_o ? Shape::BACKWARD_SHARED : Shape::FORWARD_SHARED;
-            plan.most_blocks = Shape::BLOCKS;
+            plan.most_blocks = d_o ? Shape::BACKWARD_BLOCKS : Shape::BLOCKS;
         });
-        g.span = d.span = lightning_span(g, plan, scheme);
+        g.span = d.span = lightning_span(g, plan, scheme) > 0 ? lightning_even_span(g, plan) : 0;
         d.memory_from = nullptr;
     }
     static bool takes(const Lightning& g, const floatX* u, const floatX* d_o, const floatX* out) {
@@ -307,25 +343,24 @@ struct LightningHopper {
         LAUNCH_CHECK();
     }
     dim3 by_states() const { return dim3((unsigned)(g.num_seqs * g.heads), (unsigned)ceil_div(g.head_state(), 256)); }
-    void sweep(bool backwards, bool chunks) const {
-        with_size([&](auto HS) {
-            using Shape = lightning_wgmma::Shape<HS.value>;
-            launch(lightning_states_kernel6<HS.value>, Shape::THREADS, Shape::STATES_SHARED, backwards ? d : g, maps, backwards, chunks);
-        });
-    }
     // The states between spans.
     void borders(bool backwards, Scratch& scratch) {
         if (g.span == 0) return;
         Lightning& x = backwards ? d : g;
         x.borders = scratch.take<float>(g.tokens / g.span * g.heads * g.head_state());
-        sweep(backwards, false);
-        lightning_scan_kernel<<<by_states(), 256, 0, stream>>>(x, false, backwards);
-        LAUNCH_CHECK();
+        with_size([&](auto HS) {
+            using Shape = lightning_wgmma::Shape<HS.value>;
+            launch(lightning_span_kernel8<HS.value>, Shape::SPAN_THREADS, Shape::SPAN_SHARED, x, maps, backwards);
+        });
+        lightning_scan(stream, x, false, backwards);
     }
     // The states before chunks, where forward has not left them.
     void states(Scratch scratch) {
         borders(false, scratch);
-        sweep(false, true);
+        with_size([&](auto HS) {
+            using Shape = lightning_wgmma::Shape<HS.value>;
+            launch(lightning_states_kernel6<HS.value>, Shape::THREADS, Shape::STATES_SHARED, g, maps);
+        });
     }
     void forward(floatX* o, bool leave_states, Scratch scratch) {
         borders(false, scratch);
@@ -343,7 +378,7 @@ struct LightningHopper {
         pass.memory_from = g.memory_from;
         with_size([&](auto HS) {
             using Shape = lightning_wgmma::Shape<HS.value>;
-            launch(lightning_backward_kernel6<HS.value>, Shape::THREADS, Shape::BACKWARD_SHARED, pass, du, maps);
+            launch(lightning_backward_kernel8<HS.value>, Shape::THREADS, Shape::BACKWARD_SHARED, pass, du, maps);
         });
     }
 };
@@ -378,7 +413,7 @@ inline void lightning_recurrence_backward(cudaStream_t stream, Lightning g, cons
 #ifndef GPU_FLOAT32
     if (method.hopper && LightningHopper::takes(g, u, d_o, du)) {
         bool missing = !states;
-        if (missing) states = scratch.take<floatX>(std::max<int64_t>(g.tokens / 64, 1) * g.channels() * g.hs);
+        if (missing) states = scratch.take<floatX>(std::max<int64_t>(g.tokens >> (6 + g.every), 1) * g.channels() * g.hs);
         LightningHopper hopper(stream, g, u, states, d_o, du, method.scheme);
         if (missing) hopper.states(scratch);
         hopper.backward(du, scratch);
@@ -447,11 +482,11 @@ __device__ inline void lightning_step(float* S, const float* q, const float* k, 
 }
 
 __global__ void __launch_bounds__(LIGHTNING_THREADS) lightning_step_kernel(Lightning g, const floatX* u, floatX* o) {
-    extern __shared__ int4 shared_memory[];
+    extern __shared__ int4 lightning_shared_memory[];
     int h = blockIdx.x % g.heads, s = blockIdx.x / g.heads, hs = g.hs, groups;
     int64_t n = g.cu_seqlens[s], C = g.channels(), at = n * 3 * C + (int64_t)h * hs;
     if (g.cu_seqlens[s + 1] - n != 1) return;
-    float *q = (float*)shared_memory, *k = q + hs, *v = k + hs, *sums = v + hs;
+    float *q = (float*)lightning_shared_memory, *k = q + hs, *v = k + hs, *sums = v + hs;
     for (int i = threadIdx.x; i < hs; i += LIGHTNING_THREADS) {
         q[i] = silu(to_float(u[at + i]));
         k[i] = silu(to_float(u[at + C + i]));

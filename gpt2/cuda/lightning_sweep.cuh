@@ -19,9 +19,6 @@ struct LightningSpan {
     int first, n;         // place of its first token, and how many it has
     // Place p of the span is the row row(reverse) ± p.
     __device__ int row(bool reverse) const { return reverse ? end - 1 - first : begin + first; }
-    // In (N/64, NH,hs,hs) the number of head h's state before the span's chunk of 64 tokens number `chunk`, which is not its sequence's first. Of len tokens
-    // at most (len−1)/64 states: no two sequences share one.
-    __device__ int64_t state(int chunk, int heads, int h) const { return (int64_t)(begin / 64 + first / 64 + chunk - 1) * heads + h; }
 };
 
 // One pass over N tokens. Handed to kernels by value; arrays are device memory.
@@ -43,6 +40,7 @@ struct Lightning {
 
     int span = 0;              // tokens; 0: each sequence is one span
     float* borders = nullptr;  // (N/span, NH,hs,hs): states between spans
+    int every = 1;             // forward leaves for backward the states before every 2^every chunks of 64 tokens, of which spans are multiples
 
     HOST_DEVICE int64_t channels() const { return (int64_t)heads * hs; }
     HOST_DEVICE int64_t head_state() const { return (int64_t)hs * hs; }
@@ -78,6 +76,13 @@ struct Lightning {
     // The state behind span i of sequence q.seq, which is not its last. Of len tokens at most (len−1)/span borders: no two sequences share one.
     __device__ float* border(const LightningSpan& q, int i, int h) const { return borders + ((q.begin / span + (int64_t)i) * heads + h) * head_state(); }
 
+    // Whether S before a span's chunk is among the states that forward leaves: not the state that the sequence starts from.
+    __device__ bool leaves(const LightningSpan& q, int chunk) const { return chunk % (1 << every) == 0 && q.first + chunk > 0; }
+    // Which of them it is, in (N/(64·2^every), NH,hs,hs). Of len tokens at most (len−1)/(64·2^every) states: no two sequences share one.
+    __device__ int state(const LightningSpan& q, int chunk, int h) const {
+        return ((q.begin >> (6 + every)) + (((q.first >> 6) + chunk) >> every) - 1) * heads + h;
+    }
+
     // Where a sequence and head start and end; null: from zero, nowhere.
     __device__ const float* start(int seq, int h) const {
         const float* p = states ? states[seq].fixed : memory_from ? memory_from[seq] : nullptr;
@@ -96,8 +101,8 @@ struct Lightning {
     }
 };
 
-// Of a sum of terms with weights λ^distance, those of so many chunks of 64 tokens count: λ^distance < 2^−40 in the others.
-__device__ inline int chunks_that_count(float slope2) { return (int)fminf(40 / slope2, 1e9f) / 64 + 1; }  // slope2 = −log2(λ)
+// Of a sum of terms with weights λ^distance, those of so many chunks of 64 tokens count: λ^distance < 2^−24 in the others.
+__device__ inline int chunks_that_count(float slope2) { return (int)fminf(24 / slope2, 1e9f) / 64 + 1; }  // slope2 = −log2(λ)
 
 // Head h of row n: p[n·stride + h·hs ...], through SiLU if `silu`.
 struct LightningRows {
@@ -144,8 +149,8 @@ inline Lightning make_lightning(const AttentionConfig& a, int num_seqs, int64_t 
 
 // One block a sequence, head and `columns` columns of S, which do not need each other; a thread has one column, in shared memory: hs·columns + 2·hs floats.
 __global__ void lightning_sweep_kernel1(Lightning g, LightningSweep w, int columns) {
-    extern __shared__ int4 shared_memory[];
-    float *S = (float*)shared_memory + threadIdx.x, *a = (float*)shared_memory + (int64_t)g.hs * columns, *b = a + g.hs;
+    extern __shared__ int4 lightning_shared_memory[];
+    float *S = (float*)lightning_shared_memory + threadIdx.x, *a = (float*)lightning_shared_memory + (int64_t)g.hs * columns, *b = a + g.hs;
     int h = blockIdx.x % g.heads, hs = g.hs, j = blockIdx.y * columns + threadIdx.x;
     bool mine = (int)threadIdx.x < columns && j < hs;
     LightningSpan q;
@@ -226,8 +231,8 @@ __device__ inline void lightning_accumulate2(float (&c)[4][4], int m, int M, int
 
 // One block a span, head and t.columns columns of S and O. `own`: not the outputs, but what each span (except a sequence's last) adds to the state.
 __global__ void __launch_bounds__(LIGHTNING_THREADS) lightning_sweep_kernel2(Lightning g, LightningSweep w, LightningTiles2 t, bool own) {
-    extern __shared__ int4 shared_memory[];
-    float* memory = (float*)shared_memory;
+    extern __shared__ int4 lightning_shared_memory[];
+    float* memory = (float*)lightning_shared_memory;
     float *A = memory + t.a(), *B = memory + t.b(), *D = memory + t.d(), *P = memory + t.p(), *decay = memory + t.decay(), *S = memory + t.s();
     int h = blockIdx.x % g.heads, hs = g.hs, j0 = blockIdx.y * t.columns, columns = min(t.columns, hs - j0), thread = threadIdx.x;
     int tm = thread / 16, tn = thread % 16, p_row = t.chunk | 1;  // this thread's rows tm, tm+16 ... and columns tn, tn+16 ... of 64 by 64

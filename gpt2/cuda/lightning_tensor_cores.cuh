@@ -215,6 +215,7 @@ template <int HS, int KIND>
 __global__ void __launch_bounds__(lightning_mma::Shape<HS>::THREADS, (lightning_mma::BLOCKS<HS, KIND>))
     lightning_sweep_kernel3(const Lightning g, const LightningSweep w) {
     using namespace lightning_mma;
+    using lightning_mma::load_shared, lightning_mma::store_shared;
     constexpr int GROUPS = Shape<HS>::GROUPS, WARPS = Shape<HS>::WARPS, WIDTH = Shape<HS>::WIDTH, TILE = Shape<HS>::TILE;
     constexpr int STAGE = TILES<KIND> * TILE;
     extern __shared__ __align__(256) unsigned char lightning_memory[];

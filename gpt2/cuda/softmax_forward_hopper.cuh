@@ -445,12 +445,23 @@ inline void launch6(cudaStream_t stream, const SoftmaxAttention& a, floatX* o, i
     LAUNCH_CHECK();
 }
 
-inline bool takes_hopper(const SoftmaxAttention& a) { return a.dropout.p == 0 && hopper_code(); }  // of what takes_tensor_cores()
+// Of what takes_tensor_cores(). Of shorter sequences too much of each item would be idle.
+inline bool takes_hopper(const SoftmaxAttention& a) { return a.dropout.p == 0 && a.max_k > 96 && hopper_code(); }
+
+// Where a sequence is only a few items long, it counts how well they fit it: two warpgroups if its queries fill their items and three would do no better.
+inline bool two_warpgroups(const SoftmaxAttention& a) {
+    return a.max_k <= 512 && a.max_q % 128 == 0 && 2 * ceil_div(a.max_q, 128) <= 3 * ceil_div(a.max_q, 192);
+}
 
 // Widths smaller than the kernel's are filled with zeros in shared memory.
-inline void forward6(cudaStream_t stream, const SoftmaxAttention& a, floatX* o, int64_t o_stride, float* lse) {
-    if (a.d_qk <= 64 && a.d_v <= 64)
+inline void forward6(cudaStream_t stream, const SoftmaxAttention& a, floatX* o, int64_t o_stride, float* lse, bool choose = true) {
+    const bool two = choose && two_warpgroups(a);
+    if (a.d_qk <= 64 && a.d_v <= 64 && two)
+        launch6<Shape6<64, 64, 2, 4, 4>>(stream, a, o, o_stride, lse);
+    else if (a.d_qk <= 64 && a.d_v <= 64)
         launch6<Shape6<64, 64, 3, 4, 2>>(stream, a, o, o_stride, lse);
+    else if (a.d_qk <= 96 && a.d_v <= 64 && two)
+        launch6<Shape6<96, 64, 2, 2, 3>>(stream, a, o, o_stride, lse);
     else if (a.d_qk <= 96 && a.d_v <= 64)
         launch6<Shape6<96, 64, 3, 2, 2>>(stream, a, o, o_stride, lse);
     else if (a.d_qk <= 128)
