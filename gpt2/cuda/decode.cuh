@@ -301,6 +301,7 @@ __global__ void __launch_bounds__(32 * Shape4<LANES, CHUNKS, R>::WARPS, Shape4<L
                 }
         }
         copy_async_wait_all();
+        __syncwarp();  // below, results go where other lanes have copied to
 
         // The lanes that have other keys and the same columns ...
 #pragma unroll
