@@ -60,13 +60,7 @@ __device__ inline void add_partial_rows(const ColumnSums& sums, const float* par
         add_partial_columns<8>(sums, partial, rows, columns, C);
 }
 
-// How many blocks of a kernel the GPU holds at once, and their launch together.
-template <class Kernel>
-inline int64_t resident_blocks(Kernel* kernel, int threads, size_t shared_bytes) {
-    int blocks;
-    CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, shared_bytes));
-    return (int64_t)blocks * device_properties().multiProcessorCount;
-}
+// The launch of resident blocks together.
 template <class... Parameters, class... Arguments>
 inline void launch_together(void (*kernel)(Parameters...), int64_t blocks, dim3 threads, size_t shared_bytes, cudaStream_t stream, Arguments... arguments) {
     cudaLaunchConfig_t config = {};

@@ -14,6 +14,8 @@
 #include <cmath>
 #include <cstdint>
 #include <initializer_list>
+#include <map>
+#include <tuple>
 
 #include "../error.h"
 #include "../philox.h"
@@ -69,6 +71,19 @@ inline void* driver_function(const char* name) {
 template <class Kernel>
 inline void allow_shared_memory(Kernel* kernel, size_t bytes) {
     if (bytes > 48 << 10) CUDA_CHECK(cudaFuncSetAttribute((const void*)kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes));
+}
+
+// How many blocks of a kernel the GPU runs at the same time. Asked once for each kernel and size.
+template <class Kernel>
+inline int64_t resident_blocks(Kernel* kernel, int threads, size_t shared_bytes) {
+    static std::map<std::tuple<const void*, int, size_t>, int> known;
+    int& blocks = known[{(const void*)kernel, threads, shared_bytes}];
+    if (blocks == 0) {
+        allow_shared_memory(kernel, shared_bytes);
+        CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, shared_bytes));
+        assert(blocks > 0);
+    }
+    return (int64_t)blocks * device_properties().multiProcessorCount;
 }
 
 // A range in the timeline of Nsight Systems: NvtxRange range("mlp forward");

@@ -20,7 +20,7 @@
 
 #include "decode_hopper.cuh"
 #include "decode_schedule.cuh"
-#include "matvec.cuh"  // launches that overlap
+#include "overlap.cuh"
 #include "rope.cuh"
 #include "tensor_cores.cuh"
 
@@ -686,7 +686,7 @@ template <class Kernel>
 inline Launch with_blocks(Launch x, Kernel* kernel) {
     x.shared = std::max(x.shared, merge_numbers(x.threads) * (int)sizeof(float));
     if (x.shared > 47 << 10) x.shared = std::max(x.shared, (48 << 10) + 16);  // asked for, since what is not dynamic counts too
-    x.blocks = resident_blocks(kernel, x.threads, x.shared);
+    x.blocks = (int)resident_blocks(kernel, x.threads, x.shared);
     return x;
 }
 template <class Shape>
@@ -740,26 +740,6 @@ inline bool tensor_cores_can(const SoftmaxAttention& a) { return tensor_cores_ca
 
 inline int rows_of(const SoftmaxAttention& a) { return a.max_q * (a.heads / a.kv_heads); }  // at most, of a kv head
 
-// overlap: the kernel may begin before the one in front of it has ended; it calls wait_for_kernel_before().
-template <class... Parameters, class... Arguments>
-inline void launch(cudaStream_t stream, [[maybe_unused]] bool overlap, void (*kernel)(Parameters...), int blocks, int threads, int shared,
-                   Arguments... arguments) {
-    cudaLaunchAttribute attribute = {};
-    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attribute.val.programmaticStreamSerializationAllowed = 1;
-    cudaLaunchConfig_t config = {};
-    config.gridDim = dim3((unsigned)blocks);
-    config.blockDim = dim3((unsigned)threads);
-    config.dynamicSmemBytes = (size_t)shared;
-    config.stream = stream;
-    config.attrs = &attribute;
-#ifndef GPU_FLOAT32
-    config.numAttrs = overlap && overlap_code() ? 1 : 0;
-#endif
-    allow_shared_memory(kernel, shared);
-    CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, (Parameters)arguments...));
-}
-
 // As softmax_decode, by one of the two kernels. change(Launch&): what shall not be as it is by default; for the ladder.
 template <class Change>
 inline void softmax_decode_as(cudaStream_t stream, const SoftmaxAttention& a, const Result& to, Scratch scratch, bool tensor_cores, bool overlap,
@@ -774,7 +754,7 @@ inline void softmax_decode_as(cudaStream_t stream, const SoftmaxAttention& a, co
             Launch x = launch4(shape, a.kv_heads, a.num_seqs);
             change(x);
             Schedule p = make_schedule(a, x, scratch, &grid);
-            launch(stream, overlap, decltype(shape)::kernel(), grid, x.threads, x.shared, a, p, to);
+            launch_overlapping(stream, overlap, 1, decltype(shape)::kernel(), grid, x.threads, x.shared, a, p, to);
         });
     } else {
 #ifndef GPU_FLOAT32
@@ -783,7 +763,7 @@ inline void softmax_decode_as(cudaStream_t stream, const SoftmaxAttention& a, co
             if (rows_of(a) > x.rows) x.lanes = 2;
             change(x);
             Schedule p = make_schedule(a, x, scratch, &grid);
-            launch(stream, overlap, kernel, grid, x.threads, x.shared, a, p, to, latent(a));
+            launch_overlapping(stream, overlap, 1, kernel, grid, x.threads, x.shared, a, p, to, latent(a));
         });
 #else
         assert(!"tensor cores multiply bf16");
@@ -855,7 +835,7 @@ __global__ void __launch_bounds__(PAGE_THREADS)
 inline void append_rows(cudaStream_t stream, const AttentionState* states, const TokenPlace* place, const floatX* x, int64_t x_stride, int width, int64_t N,
                         bool overlap = false) {
     if (N == 0) return;
-    decode::launch(stream, overlap, append_rows_kernel, (int)ceil_div(N, PAGE_ROWS), PAGE_THREADS, 0, states, place, x, x_stride, width, N);
+    launch_overlapping(stream, overlap, 1, append_rows_kernel, (int)ceil_div(N, PAGE_ROWS), PAGE_THREADS, 0, states, place, x, x_stride, width, N);
 }
 
 // As rope.cuh's, given exp2(i·exponent).
@@ -927,8 +907,8 @@ inline void rope_append(cudaStream_t stream, const AttentionState* states, const
                         int kv_heads, int hs, const int* position, bool overlap = false) {
     if (N == 0) return;
     if ((stride | hs) % Packed<floatX>::size == 0 && aligned16(qkv)) {
-        decode::launch(stream, overlap, rope_append_kernel, (int)N, APPEND_THREADS, hs * (int)sizeof(float), states, place, qkv, stride, heads, kv_heads, hs,
-                       position, rope_exponent(hs));
+        launch_overlapping(stream, overlap, 1, rope_append_kernel, (int)N, APPEND_THREADS, hs * (int)sizeof(float), states, place, qkv, stride, heads, kv_heads,
+                           hs, position, rope_exponent(hs));
     } else {
         rope(stream, qkv, stride, qkv, stride, N, heads + kv_heads, hs, hs, position, 1);
         append_rows(stream, states, place, qkv + (int64_t)heads * hs, stride, 2 * kv_heads * hs, N);

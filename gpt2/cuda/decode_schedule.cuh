@@ -28,8 +28,6 @@
 
 #include <algorithm>
 #include <climits>
-#include <map>
-#include <tuple>
 
 #include "softmax.cuh"
 
@@ -280,20 +278,6 @@ __device__ inline void merge(const Schedule& p, const Item& x, bool share, int t
 // ---- the host's side --------------------------------------------------------------------------------------------------------------------------------------
 
 inline int schedule_record(int item_rows, int d_v) { return (int)round_up(item_rows * (round_up(d_v, 4) + 2), 32); }
-
-// How many blocks of a kernel the GPU runs at the same time. Asked once for each kernel and size.
-template <class Kernel>
-inline int resident_blocks(Kernel* kernel, int threads, int shared) {
-    static std::map<std::tuple<const void*, int, int>, int> known;
-    int& blocks = known[{(const void*)kernel, threads, shared}];
-    if (blocks == 0) {
-        allow_shared_memory(kernel, shared);
-        CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, shared));
-        assert(blocks > 0);
-        blocks *= device_properties().multiProcessorCount;
-    }
-    return blocks;
-}
 
 // Bytes that make_schedule() takes from scratch memory for so many blocks.
 inline int64_t schedule_scratch(int blocks, int item_rows, int d_v) {

@@ -18,6 +18,7 @@
 #include "gelu.cuh"
 #include "layernorm.cuh"
 #include "numbers.cuh"
+#include "overlap.cuh"
 #include "tensor_cores.cuh"
 
 namespace gpu {
@@ -38,24 +39,6 @@ struct Matvec {
     int N, C, OC;
     bool gelu;
 };
-
-// --------------------------------------------------------------------------------------------------------------------------------------------------
-// Launches that overlap
-//
-// Of two kernels that follow one another on a stream the second may begin when all blocks of the first have said let_next_kernel_start() or ended. It then
-// does what does not depend on the first, and calls wait_for_kernel_before(): there it stays until the first has ended and its writes can be seen. The first
-// itself ended behind its own wait, so everything older is done too. Hence: nothing is written, and nothing but parameters read, before the wait.
-
-__device__ __forceinline__ void let_next_kernel_start() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#endif
-}
-__device__ __forceinline__ void wait_for_kernel_before() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
 
 // --------------------------------------------------------------------------------------------------------------------------------------------------
 // 2. Any size: a warp an output, W numbers at a time
@@ -442,16 +425,6 @@ __global__ void __launch_bounds__(WARPS * 32, TOKENS <= 8 && WARPS == 16 ? 2 : 1
     }
 }
 
-// Whether this program has the instructions that overlapping launches need: a kernel without them would not wait.
-inline bool overlap_code() {
-    static const bool yes = [] {
-        cudaFuncAttributes attributes;
-        CUDA_CHECK(cudaFuncGetAttributes(&attributes, matvec_kernel3<1, 1, 8, 0>));
-        return device_properties().major >= 9 && attributes.ptxVersion >= 90 && attributes.binaryVersion >= 90;
-    }();
-    return yes;
-}
-
 template <int TOKENS, int R, int WARPS, int SEGMENTS>
 inline void launch_matvec3(cudaStream_t stream, const Matvec& m, bool overlap) {
     auto kernel = matvec_kernel3<TOKENS, R, WARPS, SEGMENTS>;
@@ -468,19 +441,9 @@ inline void launch_matvec3(cudaStream_t stream, const Matvec& m, bool overlap) {
     shares.whole = 256.f / m.C;
     shares.last = (float)(m.C % 256) / m.C;
     shares.inverse = 1.f / m.C;
-    cudaLaunchAttribute attribute = {};
-    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attribute.val.programmaticStreamSerializationAllowed = 1;
-    cudaLaunchConfig_t config = {};
-    config.gridDim = dim3(blocks);
-    config.blockDim = dim3(WARPS * 32);
-    config.dynamicSmemBytes = 2 * WARPS * TOKENS * 8 * R * sizeof(float) + shares.queue_groups * MATVEC_GROUP * R * WARPS * 512 +
-                              shares.x_slabs * WARPS * m.N * 64 + TOKENS * 64 + 512;
-    config.stream = stream;
-    config.attrs = &attribute;
-    config.numAttrs = overlap && overlap_code() ? 1 : 0;
-    allow_shared_memory(kernel, config.dynamicSmemBytes);
-    CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, m, shares));
+    size_t shared = 2 * WARPS * TOKENS * 8 * R * sizeof(float) + shares.queue_groups * MATVEC_GROUP * R * WARPS * 512 + shares.x_slabs * WARPS * m.N * 64 +
+                    TOKENS * 64 + 512;
+    launch_overlapping(stream, overlap, 1, kernel, blocks, WARPS * 32, shared, m, shares);
 }
 template <int TOKENS, int R>
 inline void launch_matvec3(cudaStream_t stream, const Matvec& m, bool overlap) {

@@ -23,7 +23,7 @@
 
 #include "../sampler.h"
 #include "common.cuh"
-#include "matvec.cuh"  // launches that overlap
+#include "overlap.cuh"
 
 namespace gpu {
 
@@ -511,37 +511,9 @@ __global__ void __launch_bounds__(THREADS, 1) sampler_kernel4(Sampling s) {
 // --------------------------------------------------------------------------------------------------------------------------------------------------
 // The function
 
-// Whether this program has the instructions for launches that overlap and for clusters: a kernel without them would not wait.
-inline bool code_for_hopper() {
-    static const bool yes = [] {
-        cudaFuncAttributes attributes;
-        CUDA_CHECK(cudaFuncGetAttributes(&attributes, sampler_kernel2));
-        return device_properties().major >= 9 && attributes.ptxVersion >= 90 && attributes.binaryVersion >= 90;
-    }();
-    return yes;
-}
-
 // A block a draw, or `team` blocks.
 inline void launch(cudaStream_t stream, void (*kernel)(Sampling), size_t shared, const Sampling& s, int64_t draws, int team, bool overlap) {
-    cudaLaunchAttribute attributes[2] = {};
-    cudaLaunchConfig_t config = {};
-    config.gridDim = dim3((unsigned)(draws * team));
-    config.blockDim = dim3(THREADS);
-    config.dynamicSmemBytes = shared;
-    config.stream = stream;
-    config.attrs = attributes;
-    if (overlap && code_for_hopper()) {
-        attributes[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-        attributes[config.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
-    }
-    if (team > 1) {
-        attributes[config.numAttrs].id = cudaLaunchAttributeClusterDimension;
-        attributes[config.numAttrs].val.clusterDim.x = (unsigned)team;
-        attributes[config.numAttrs].val.clusterDim.y = 1;
-        attributes[config.numAttrs++].val.clusterDim.z = 1;
-    }
-    allow_shared_memory(kernel, shared);
-    CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, s));
+    launch_overlapping(stream, overlap, team, kernel, draws * team, THREADS, shared, s);
 }
 
 inline Sampling sampling(int* token, const floatX* logits, int64_t Vp, int V, const int* row, const double* uniform, const SamplerOptions& o) {
@@ -573,7 +545,7 @@ inline void sampler4(cudaStream_t stream, const Sampling& s, int64_t draws, int 
 // Blocks a draw, for rows that are worth it. With clusters on more than half of the multiprocessors not all would find a place at once.
 inline int team_size(const Sampling& s, int64_t draws) {
     int team = 1;
-    while (code_for_hopper() && team < MOST_BLOCKS && 4 * team * draws <= device_properties().multiProcessorCount && team * 4096 < s.V) team *= 2;
+    while (overlap_code() && team < MOST_BLOCKS && 4 * team * draws <= device_properties().multiProcessorCount && team * 4096 < s.V) team *= 2;
     return team;
 }
 
