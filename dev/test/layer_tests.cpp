@@ -934,13 +934,13 @@ static void core_extreme_case() {
 static void core_pages_case() {
     for (int n_q : {1, 3, 4, 40})
         for (int page : {1, 16, 64}) {
-            Core c({{n_q, 131}, {0, 5}, {n_q, n_q + 64}}, 4, 2, 6, 5, n_q);
+            Core c({{n_q, 131}, {0, 5}, {n_q, n_q + 600}}, 4, 2, 6, 5, n_q);
             c.a.window = n_q == 40 ? 50 : 0;
             Numbers o, lse, o_pages, lse_pages;
             c.forward(o, lse);
             int64_t row = c.a.k_stride + c.a.v_stride;
             std::vector<cpu::AttentionState> states(3);
-            int64_t stride = 1 + page * row, most = (n_q + 131) / page + 2;
+            int64_t stride = 1 + page * row, most = (n_q + 600) / page + 2;
             Numbers pages(3 * most * stride, NOT_A_NUMBER);
             std::vector<std::vector<int>> tables(3);
             for (int s = 0; s < 3; s++) {
@@ -959,11 +959,22 @@ static void core_pages_case() {
             c.a.states = states.data();
             c.a.v_offset = c.a.k_stride;
             c.forward(o_pages, lse_pages);
-            double n = 0;
+            // Few queries go through softmax_decode, in another order of summation; more of them have the same bits.
+            bool few = cpu::few_queries(n_q);
+            double n = 0, difference = 0, norm = 0;
+            auto compare = [&](real x, real y) {
+                n += !(x == y);
+                if (x == y) return;  // -inf
+                difference += ((double)x - y) * ((double)x - y);
+                norm += (double)x * x;
+            };
             for (size_t i = 0; i < o.size(); i++)
-                if ((int64_t)(i + 1) % c.o_stride()) n += !(o[i] == o_pages[i]);
-            check(n, 0, format("%d queries, pages of %d: numbers that differ", n_q, page));
-            check(different_bits(lse, lse_pages), 0, format("%d queries, pages of %d: numbers that differ in lse", n_q, page));
+                if ((int64_t)(i + 1) % c.o_stride()) compare(o[i], o_pages[i]);
+            for (size_t i = 0; i < lse.size(); i++) compare(lse[i], lse_pages[i]);
+            if (few)
+                check(difference > 0 || n > 0 ? std::sqrt(difference / norm) : 0, rounding(), format("%d queries, pages of %d", n_q, page));
+            else
+                check(n, 0, format("%d queries, pages of %d: numbers that differ", n_q, page));
         }
 }
 
