@@ -106,34 +106,6 @@ struct LatentTile {
 __device__ __forceinline__ int first_tile(const Item& x) { return x.begin / 64; }
 __device__ __forceinline__ int count_tiles(const Item& x) { return x.end > x.begin ? (x.end + 63) / 64 - first_tile(x) : 0; }
 
-// ---- two blocks of a cluster --------------------------------------------------------------------------------------------------------------------------
-
-__device__ __forceinline__ int cluster_rank() {
-    int rank = 0;
-    HOPPER_ONLY(asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));)
-    return rank;
-}
-// All threads of the cluster that have not left.
-__device__ __forceinline__ void cluster_sync() { HOPPER_ONLY(asm volatile("barrier.cluster.arrive.release;\n barrier.cluster.wait.acquire;" ::: "memory");) }
-// At this barrier's twin in the block with that rank.
-__device__ __forceinline__ void barrier_arrive_at(uint32_t barrier, int rank) {
-    HOPPER_ONLY(asm volatile("{\n"
-                             ".reg .b32 there;\n"
-                             "mapa.shared::cluster.u32 there, %0, %1;\n"
-                             "mbarrier.arrive.shared::cluster.b64 _, [there];\n"
-                             "}" ::"r"(barrier),
-                             "r"(rank)
-                             : "memory");)
-}
-// As bulk_load, to the same place in both blocks, each of which counts the bytes at its own barrier.
-__device__ __forceinline__ void bulk_load_both(uint32_t to, const CUtensorMap* map, uint32_t barrier, int c0, int c1, int c2) {
-    HOPPER_ONLY(
-        asm volatile(
-            "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, {%3,%4,%5}], [%2], %6;" ::"r"(to),
-            "l"(map), "r"(barrier), "r"(c0), "r"(c1), "r"(c2), "h"((short)3)
-            : "memory");)
-}
-
 // ---- the warps that copy ------------------------------------------------------------------------------------------------------------------------------
 
 // One warp announces the items and fetches their queries.
@@ -193,7 +165,7 @@ __device__ __forceinline__ void copy_latents(const SoftmaxAttention& a, const CU
                 for (int i = 0; i < 2; i++) {
                     if (lane + 32 * i >= boxes) continue;
                     if (Shape::CTAS > 1)
-                        bulk_load_both(address + (lane + 32 * i) * box * 128, &k_map, full, panel * 64, slot[i], page[i]);
+                        bulk_load_multicast(address + (lane + 32 * i) * box * 128, &k_map, full, panel * 64, slot[i], page[i], 3);
                     else
                         bulk_load(address + (lane + 32 * i) * box * 128, &k_map, full, panel * 64, slot[i], page[i]);
                 }
@@ -526,7 +498,7 @@ __global__ void __launch_bounds__(Shape::THREADS, 1)
     }
     Walk walk(a, p, at.more.walk);
     if (Shape::CTAS > 1)
-        cluster_sync();
+        cluster_barrier();
     else
         __syncthreads();
     if (threadIdx.x >= Shape::COMPUTING) {
@@ -538,7 +510,7 @@ __global__ void __launch_bounds__(Shape::THREADS, 1)
         more_registers<224>();
         LatentConsumer<Shape>(a, p, at, scale).run(o, o_stride, lse);
     }
-    if (Shape::CTAS > 1) cluster_sync();  // until then the other block may write to this one's shared memory
+    if (Shape::CTAS > 1) cluster_barrier();  // until then the other block may write to this one's shared memory
 #endif
 }
 

@@ -100,6 +100,26 @@ __device__ __forceinline__ void store_matrices(uint32_t address, const uint32_t 
 // What this thread has written to shared memory becomes visible to products and bulk copies that are started after the next barrier.
 __device__ __forceinline__ void async_fence() { HOPPER_ONLY(asm volatile("fence.proxy.async.shared::cta;" ::: "memory");) }
 
+// ---- clusters -----------------------------------------------------------------------------------------------------------------------------------------------
+
+__device__ __forceinline__ int cluster_rank() {
+    int rank = 0;
+    HOPPER_ONLY(asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));)
+    return rank;
+}
+// All threads of the cluster that have not left.
+__device__ __forceinline__ void cluster_barrier() { HOPPER_ONLY(asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");) }
+// Arrive at the barrier that stands at the same place in block `rank` of the cluster.
+__device__ __forceinline__ void barrier_arrive_at(uint32_t barrier, int rank) {
+    HOPPER_ONLY(asm volatile("{\n"
+                             ".reg .b32 remote;\n"
+                             "mapa.shared::cluster.u32 remote, %0, %1;\n"
+                             "mbarrier.arrive.shared::cluster.b64 _, [remote];\n"
+                             "}" ::"r"(barrier),
+                             "r"(rank)
+                             : "memory");)
+}
+
 // ---- bulk copies, by one thread -----------------------------------------------------------------------------------------------------------------------------
 
 // The box at coordinates (c0 innermost ...) to shared memory; its bytes (zeros outside the tensor included) count towards the barrier's phase.
@@ -117,6 +137,20 @@ __device__ __forceinline__ void bulk_load(uint32_t to, const CUtensorMap* map, u
     HOPPER_ONLY(asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3,%4,%5,%6}], [%2];" ::"r"(to), "l"(map),
                              "r"(barrier), "r"(c0), "r"(c1), "r"(c2), "r"(c3)
                              : "memory");)
+}
+// The box to the same place in all blocks of the cluster that `mask` has a bit for, and its bytes to each block's own barrier.
+__device__ __forceinline__ void bulk_load_multicast(uint32_t to, const CUtensorMap* map, uint32_t barrier, int c0, int c1, int mask) {
+    HOPPER_ONLY(
+        asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, {%3,%4}], [%2], %5;" ::"r"(to),
+                     "l"(map), "r"(barrier), "r"(c0), "r"(c1), "h"((uint16_t)mask)
+                     : "memory");)
+}
+__device__ __forceinline__ void bulk_load_multicast(uint32_t to, const CUtensorMap* map, uint32_t barrier, int c0, int c1, int c2, int mask) {
+    HOPPER_ONLY(
+        asm volatile(
+            "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, {%3,%4,%5}], [%2], %6;" ::"r"(to),
+            "l"(map), "r"(barrier), "r"(c0), "r"(c1), "r"(c2), "h"((uint16_t)mask)
+            : "memory");)
 }
 // From shared memory (async_fence() and a barrier behind the writes first) to the box. The shared memory may be used again, or the kernel end, after
 // bulk_store_wait().

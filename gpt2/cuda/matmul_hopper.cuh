@@ -44,31 +44,6 @@ struct HopperTile {
     static_assert(BYTES <= 227 << 10);
 };
 
-// ---- clusters ---------------------------------------------------------------------------------------------------------------------------------------------
-
-__device__ inline int cluster_rank() {
-    int rank = 0;
-    HOPPER_ONLY(asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));)
-    return rank;
-}
-__device__ inline void cluster_barrier() { HOPPER_ONLY(asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");) }
-// Arrive at the barrier that stands at the same place in block `rank` of the cluster.
-__device__ inline void barrier_arrive_at(uint32_t barrier, int rank) {
-    HOPPER_ONLY(asm volatile("{\n"
-                             ".reg .b32 remote;\n"
-                             "mapa.shared::cluster.u32 remote, %0, %1;\n"
-                             "mbarrier.arrive.shared::cluster.b64 _, [remote];\n"
-                             "}" ::"r"(barrier),
-                             "r"(rank)
-                             : "memory");)
-}
-// The box to the same place in all blocks of `mask`, and its bytes to each block's own barrier.
-__device__ inline void bulk_load_multicast(uint32_t to, const CUtensorMap* map, uint32_t barrier, int c0, int c1, int mask) {
-    HOPPER_ONLY(
-        asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, {%3,%4}], [%2], %5;" ::"r"(to),
-                     "l"(map), "r"(barrier), "r"(c0), "r"(c1), "h"((uint16_t)mask)
-                     : "memory");)
-}
 // ---- the kernel -------------------------------------------------------------------------------------------------------------------------------------------
 
 struct HopperShape {
