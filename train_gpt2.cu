@@ -89,7 +89,7 @@ struct Gpt2 : Trainer {
     // What the last forward pass was given: backward goes on from it. Arrays are device memory unless a host's copy stands beside them.
     Batch batch;
     Pass pass;
-    Upload upload, states_upload, draws_upload, step_upload;  // of a pass; of the states that extend is given; of random numbers; of an optimiser step
+    Upload upload, draws_upload, step_upload;  // of a pass; of random numbers that are wanted behind it; of an optimiser step
     const int *tokens, *targets, *cu_seqlens, *position;
     int* token_plan;  // encoder_plan of the batch's tokens; in training alone
     const TokenPlace* place;
@@ -261,8 +261,8 @@ struct Gpt2 : Trainer {
         return pointers;
     }
 
-    // Takes a batch to the device. `past`: how many tokens each sequence has already (extend), or null.
-    void begin_pass(const Batch& b, const Pass& p, const int64_t* past) {
+    // Packs a batch for the device. `past`: how many tokens each sequence has already, or null. `more`: so many bytes will be put behind it.
+    void pack_pass(const Batch& b, const Pass& p, const int64_t* past, int64_t more) {
         int64_t N = (int64_t)b.tokens.size(), count = 0;
         int S = b.num_seqs();
         assert(N <= options.max_tokens && (!p.training || options.training));
@@ -291,7 +291,8 @@ struct Gpt2 : Trainer {
 
         std::vector<int> plan;
         if (p.training) plan = encoder_plan(b.tokens, config.padded_vocab_size, config.channels);
-        upload.begin(32 * N + (int64_t)(plan.size() * sizeof(int)) + (S + 1) * (int64_t)(8 + 2 * sizeof(float*) * config.layers) + 64 * (config.layers + 16));
+        int64_t plan_bytes = (int64_t)(plan.size() * sizeof(int)), pointers = 2 * (int64_t)sizeof(float*) * config.layers;
+        upload.begin(32 * N + plan_bytes + (S + 1) * (8 + pointers) + 64 * (config.layers + 16) + more);
         parameters_of_pass = upload.put(&q, 1);
         tokens = upload.put(b.tokens);
         targets = upload.put(b.targets);
@@ -305,6 +306,9 @@ struct Gpt2 : Trainer {
             from.push_back(upload.put(from_host[l]));
             to.push_back(upload.put(to_host[l]));
         }
+    }
+    void begin_pass(const Batch& b, const Pass& p) {
+        pack_pass(b, p, nullptr, 0);
         upload.send();
     }
 
@@ -405,7 +409,7 @@ struct Gpt2 : Trainer {
     static float host_float(__nv_bfloat16 x) { return __bfloat162float(x); }
 
     double forward(const Batch& b, const Pass& p, float* losses, float* logits) override {
-        begin_pass(b, p, nullptr);
+        begin_pass(b, p);
         forward_pass(logits);
         StepSums result;
         CUDA_CHECK(cudaMemcpyAsync(&result, sums, sizeof result, cudaMemcpyDeviceToHost, stream));
@@ -483,7 +487,7 @@ struct Gpt2 : Trainer {
     // Forward and backward without waiting. Of passes of one shape the first runs as it is (which makes all plans and allocations), the second is captured
     // as a graph, and from then on the graph is replayed. Ragged batches and carried memories differ from pass to pass and are launched kernel by kernel.
     void train(const Batch& b, const Pass& p) override {
-        begin_pass(b, p, nullptr);
+        begin_pass(b, p);
         GraphKey key = {b.cu_seqlens, p.dropout, p.seed, upload.place(), scratch.memory};
         bool again = b.memory_from.empty() && key == graph_key;
         if (again && !graph) {
@@ -564,11 +568,14 @@ struct Gpt2 : Trainer {
         std::vector<int> answered_host;             // those sequences
         int64_t kv_tokens;
         int max_kv;
-        bool decode;  // one token of each sequence
+        bool decode;                 // one token of each sequence, and their logits are whole in memory: a step that can be replayed
+        int draws;                   // tokens that such a step draws,
+        const int* drawn_row;        // each from these logits
+        const double* drawn_uniform;
     } extension;
 
-    // Takes new tokens for `sequences` to the device, and makes room for them in the states.
-    void begin_extend(const Batch& b, const std::vector<int>& sequences) {
+    // Takes new tokens for `sequences` to the device, in one copy, and makes room for them in the states.
+    void begin_extend(const Batch& b, const std::vector<int>& sequences, const std::vector<Draw>& draws) {
         int S = b.num_seqs();
         check_extend(b, sequences, options.max_tokens, config.vocab_size);
         Extension e;
@@ -576,7 +583,7 @@ struct Gpt2 : Trainer {
         std::vector<int> cu_kv(1, 0), last_rows, page_table;
         std::vector<int64_t> first_page;
         e.max_kv = 0;
-        e.decode = true;
+        e.decode = S <= logits_rows(options.max_tokens);
         for (int s = 0; s < S; s++) {
             const auto& q = pool->sequences[sequences[s]];
             int64_t length = q.length, past = q.past(), q_len = b.cu_seqlens[s + 1] - b.cu_seqlens[s];
@@ -595,26 +602,34 @@ struct Gpt2 : Trainer {
         }
         e.kv_tokens = cu_kv[S];
         assert(b.memory_from.empty() && b.memory_to.empty());  // states take their place
-        begin_pass(b, Pass(), pasts.data());
+        e.draws = e.decode ? (int)draws.size() : 0;
+        std::vector<int> drawn_row;
+        std::vector<double> drawn_uniform;
+        for (int d = 0; d < e.draws; d++) {
+            drawn_row.push_back(draws[d].sequence);
+            drawn_uniform.push_back(draws[d].uniform);
+        }
 
-        // What has the same place for the same number of sequences, then the page tables.
-        int64_t states_size = round_up(S * sizeof(AttentionState), 16), tables_at = 2 * round_up((S + 1) * sizeof(int), 16) + config.layers * states_size;
-        states_upload.begin(tables_at + (int64_t)page_table.size() * sizeof(int));
-        const int* pages = (const int*)(states_upload.place() + tables_at);
-        e.cu_kv = states_upload.put(cu_kv);
+        // What has the same place for the same number of sequences and draws, then the page tables.
+        int64_t states_bytes = config.layers * round_up(S * sizeof(AttentionState), 16), tables_bytes = (int64_t)(page_table.size() * sizeof(int));
+        pack_pass(b, Pass(), pasts.data(), 12 * e.draws + 8 * (S + 1) + 5 * 16 + states_bytes + tables_bytes);
+        e.drawn_uniform = upload.put(drawn_uniform);
+        e.drawn_row = upload.put(drawn_row);
+        e.cu_kv = upload.put(cu_kv);
         last_rows.resize(S + 1);
-        e.last_rows = states_upload.put(last_rows);
+        e.last_rows = upload.put(last_rows);
+        const int* pages = (const int*)(upload.end() + states_bytes);
         for (int l = 0; l < config.layers; l++) {
             std::vector<AttentionState> states;
             for (int s = 0; s < S; s++)
                 states.push_back({e.lengths_host[s], pool->sequences[sequences[s]].fixed.get() + pool->fixed_offset[l], pool->page(0) + pool->page_offset[l],
                                   pages + first_page[s], pool->page_numbers, pool->page_size, pool->per_token[l]});
-            e.states.push_back(states_upload.put(states));
+            e.states.push_back(upload.put(states));
         }
-        const int* put = states_upload.put(page_table);
+        const int* put = upload.put(page_table);
         assert(put == pages);
         (void)put;
-        states_upload.send();
+        upload.send();
         extension = e;
     }
 
@@ -679,21 +694,31 @@ struct Gpt2 : Trainer {
     // Steps of decoding that can be replayed: all that a graph of kernels depends on. The first step of a kind runs as it is (which makes all plans and
     // allocations), the second is captured, further ones are replayed.
     struct DecodeGraph {
-        int sequences, max_kv;
-        const char *arrays, *states, *scratch;
+        int sequences, max_kv, draws;
+        SamplerOptions sampler;
+        const int* drawn;
+        const char *arrays, *scratch;
         cudaGraphExec_t graph;
         bool is(const DecodeGraph& g) const {
-            return sequences == g.sequences && max_kv == g.max_kv && arrays == g.arrays && states == g.states && scratch == g.scratch;
+            return sequences == g.sequences && max_kv == g.max_kv && draws == g.draws && sampler == g.sampler && drawn == g.drawn && arrays == g.arrays &&
+                   scratch == g.scratch;
         }
     };
     static constexpr size_t MAX_DECODE_GRAPHS = 64;
     std::deque<DecodeGraph> decode_graphs;
+    static constexpr int UNDRAWN = INT_MIN;
     int* drawn = nullptr;  // tokens on their way to the host
     size_t drawn_size = 0;
 
-    // The whole step, logits of all sequences included.
-    void decode_step() {
+    // The whole step, logits of all sequences included, and tokens from them.
+    void decode_step(const SamplerOptions& sampler) {
         int S = batch.num_seqs();
+        auto pass = [&] {
+            extend_pass();
+            head(0, S);
+            sample_tokens(stream, drawn, acts["logits"], config.padded_vocab_size, config.vocab_size, extension.drawn_row, extension.drawn_uniform,
+                          extension.draws, sampler, true);
+        };
         // A bound that seldom changes; the lengths themselves are the device's.
         for (int bound = 256;; bound = bound > INT_MAX / 2 ? INT_MAX : 2 * bound)
             if (bound >= extension.max_kv) {
@@ -701,11 +726,10 @@ struct Gpt2 : Trainer {
                 break;
             }
         extension.kv_tokens = (int64_t)S * extension.max_kv;
-        DecodeGraph now = {S, extension.max_kv, upload.place(), states_upload.place(), scratch.memory, nullptr};
+        DecodeGraph now = {S, extension.max_kv, extension.draws, sampler, drawn, upload.place(), scratch.memory, nullptr};
         auto known = std::find_if(decode_graphs.begin(), decode_graphs.end(), [&](const DecodeGraph& g) { return g.is(now); });
         if (known == decode_graphs.end()) {
-            extend_pass();
-            head(0, S);
+            pass();
             now.scratch = scratch.memory;  // which may have grown
             decode_graphs.push_back(now);
             if (decode_graphs.size() <= MAX_DECODE_GRAPHS) return;
@@ -716,8 +740,7 @@ struct Gpt2 : Trainer {
         if (!known->graph) {
             cudaGraph_t captured;
             CUDA_CHECK(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
-            extend_pass();
-            head(0, S);
+            pass();
             CUDA_CHECK(cudaStreamEndCapture(stream, &captured));
             CUDA_CHECK(cudaGraphInstantiate(&known->graph, captured, 0));
             CUDA_CHECK(cudaGraphDestroy(captured));
@@ -725,20 +748,20 @@ struct Gpt2 : Trainer {
         CUDA_CHECK(cudaGraphLaunch(known->graph, stream));
     }
 
-    // Calls use(first, rows) when acts["logits"] holds those of so many answered sequences.
+    // Calls use(first, rows) when acts["logits"] holds those of so many answered sequences. Of a step of decoding `draws` are in extension.draws, and on their
+    // way to `drawn`.
     template <class Use>
-    void extend_and(const Batch& b, const std::vector<int>& sequences, bool logits, Use use) {
-        begin_extend(b, sequences);
+    void extend_and(const Batch& b, const std::vector<int>& sequences, bool logits, const SamplerOptions& o, const std::vector<Draw>& draws, Use use) {
+        begin_extend(b, sequences, draws);
         int64_t rows = (int64_t)extension.answered_host.size(), chunk = logits_rows(options.max_tokens);
-        bool step = extension.decode && rows <= chunk;
-        step ? decode_step() : extend_pass();
+        extension.decode ? decode_step(o) : extend_pass();
         for (int s = 0; s < b.num_seqs(); s++) {
             pool->sequences[sequences[s]].length += b.cu_seqlens[s + 1] - b.cu_seqlens[s];
             if (options.window > 0) pool->slide(sequences[s], options.window);
         }
         for (int64_t first = 0; logits && first < rows; first += chunk) {
             int64_t n = std::min(chunk, rows - first);
-            if (!step) head(first, n);
+            if (!extension.decode) head(first, n);
             use(first, n);
         }
     }
@@ -746,7 +769,7 @@ struct Gpt2 : Trainer {
     void extend(const Batch& b, const std::vector<int>& sequences, float* last_logits) override {
         int64_t V = config.vocab_size, Vp = config.padded_vocab_size;
         std::vector<float> values;
-        extend_and(b, sequences, last_logits != nullptr, [&](int64_t first, int64_t rows) {
+        extend_and(b, sequences, last_logits != nullptr, {}, {}, [&](int64_t first, int64_t rows) {
             values.resize(rows * V);
             read_rows(values.data(), acts["logits"], rows, V, Vp);
             for (int64_t r = 0; r < rows; r++) std::copy_n(&values[r * V], V, last_logits + extension.answered_host[first + r] * V);
@@ -763,8 +786,9 @@ struct Gpt2 : Trainer {
             drawn_size = 2 * draws.size();
             CUDA_CHECK(cudaMallocHost(&drawn, drawn_size * sizeof(int)));
         }
+        std::fill_n(drawn, draws.size(), UNDRAWN);
         std::vector<int> tokens_drawn(draws.size());
-        extend_and(b, sequences, !draws.empty(), [&](int64_t first, int64_t rows) {
+        extend_and(b, sequences, !draws.empty(), o, draws, [&](int64_t first, int64_t rows) {
             std::vector<int> row, which;
             std::vector<double> uniform;
             for (size_t d = 0; d < draws.size(); d++) {
@@ -775,19 +799,34 @@ struct Gpt2 : Trainer {
                 uniform.push_back(draws[d].uniform);
                 which.push_back((int)d);
             }
-            draws_upload.begin((int64_t)row.size() * 12 + 32);
-            const double* uniform_device = draws_upload.put(uniform);
-            const int* row_device = draws_upload.put(row);
-            draws_upload.send();
-            sample_tokens(stream, drawn, acts["logits"], config.padded_vocab_size, config.vocab_size, row_device, uniform_device, (int64_t)row.size(), o,
-                          false);
-            wait_for_device();
+            if (!extension.decode) {
+                draws_upload.begin((int64_t)row.size() * 12 + 32);
+                const double* uniform_device = draws_upload.put(uniform);
+                const int* row_device = draws_upload.put(row);
+                draws_upload.send();
+                sample_tokens(stream, drawn, acts["logits"], config.padded_vocab_size, config.vocab_size, row_device, uniform_device, (int64_t)row.size(), o,
+                              false);
+                wait_for_device();
+            }
             for (size_t d = 0; d < which.size(); d++) {
-                if (drawn[d] < 0) data_error("the model's logits are not finite: its training diverged; take an earlier checkpoint");
-                tokens_drawn[which[d]] = drawn[d];
+                int token = extension.decode ? wait_for_token((int)d) : drawn[d];
+                if (token < 0) data_error("the model's logits are not finite: its training diverged; take an earlier checkpoint");
+                tokens_drawn[which[d]] = token;
             }
         });
         return tokens_drawn;
+    }
+    // Looks at the host's memory until the token is there: that is some microseconds sooner than to be told that the stream has ended.
+    int wait_for_token(int d) {
+        volatile const int* token = drawn + d;
+        for (int64_t looks = 1; *token == UNDRAWN; looks++)
+            if (looks % 1024 == 0) {
+                cudaError_t status = cudaStreamQuery(stream);
+                if (status == cudaErrorNotReady) continue;
+                CUDA_CHECK(status);
+                break;
+            }
+        return *token;
     }
     auto& states() {
         if (!pool) {

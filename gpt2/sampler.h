@@ -18,6 +18,9 @@ struct SamplerOptions {
     double top_p = 1;        // only the fewest tokens whose probabilities sum to p or more; 1: all
     double min_p = 0;        // only tokens at least p times as probable as the likeliest; 0: all
     double repetition_penalty = 1;
+    bool operator==(const SamplerOptions& o) const {
+        return temperature == o.temperature && top_k == o.top_k && top_p == o.top_p && min_p == o.min_p && repetition_penalty == o.repetition_penalty;
+    }
 };
 
 // Makes the tokens that a text has already less likely: positive logits are divided by the penalty, negative ones multiplied. `tokens`: each once.

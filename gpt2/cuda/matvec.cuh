@@ -380,7 +380,8 @@ __global__ void __launch_bounds__(WARPS * 32, TOKENS <= 8 && WARPS == 16 ? 2 : 1
 #pragma unroll
             for (int u = 0; u < MATVEC_GROUP; u++) {
 #pragma unroll
-                for (int h = 0; h < HALVES; h++) x[u][h] = load_shared(x_at + u * x_row_bytes + h * 512);  // rows that are not there: anything
+                for (int h = 0; h < HALVES; h++)
+                    if (h * 8 + row < m.N) x[u][h] = load_shared(x_at + u * x_row_bytes + h * 512);
 #pragma unroll
                 for (int r = 0; r < R; r++) w[u][r] = load_shared(get + (u * R + r) * THREADS * 16);
             }

@@ -153,6 +153,7 @@ class Upload {
         CUDA_CHECK(cudaEventRecord(sent[turn], main_stream()));
     }
     const char* place() const { return device.memory; }
+    const char* end() const { return device.memory + used; }  // where the next array will stand
 };
 
 // For StatePool (gpt2/state.h).
