@@ -12,7 +12,12 @@
 //      the memory's rate
 //   4  one launch: as many blocks as the GPU holds at once, which wait for each other and then add up the partial sums together; equal shares of the rows,
 //      eight of them in flight. At 768 columns version 3 is 18 µs over the memory's time: two launches, a second stage whose threads add 170 numbers one after
-//      the other, and blocks that end at different times. Expected: 6 µs over it, for launch and the grid's barrier. In use (gpt2/cuda/bias.cuh)
+//      the other, and blocks that end at different times. Expected: 6 µs over it, for launch and the grid's barrier. In use (gpt2/cuda/bias.cuh) where the
+//      next one is not
+//   5  at 768 columns reading alone takes 36.5 µs, of which 3.3 are the launch's, and the rest of version 4's 40: a partial row to memory, the grid's barrier,
+//      the partial rows back, each a way to the L2 cache and back. Hopper's clusters of 16 blocks have their sums meet in shared memory, if all rows of some
+//      columns belong to one: six clusters of 128 columns, 256 bytes of a row, which memory reads as well as whole rows. (128 bytes cost 2.5 µs, 96 bytes 11.)
+//      With more columns than the clusters that run at a time have, version 4 is faster. Expected: 38 µs. In use up to 1024 columns or so
 #include "ladder.h"
 
 #include "../../gpt2/cuda/bias.cuh"
@@ -84,6 +89,7 @@ inline void bias_backward3(cudaStream_t stream, float* db, const floatX* dout, i
 }
 
 static bool run(int version, cudaStream_t stream, float* db, const floatX* dout, int64_t N, int64_t OC) {
+    constexpr int W = Packed<floatX>::size;
     switch (version) {
         case 1:
             bias_backward_kernel1<<<(unsigned)ceil_div(OC, 256), 256, 0, stream>>>(db, dout, N, OC);
@@ -93,17 +99,21 @@ static bool run(int version, cudaStream_t stream, float* db, const floatX* dout,
             bias_backward3<1>(stream, db, dout, N, OC, OC);
             return true;
         case 3:
-            if (OC % Packed<floatX>::size != 0) return false;
-            bias_backward3<Packed<floatX>::size>(stream, db, dout, N, OC, OC);
+            if (OC % W != 0) return false;
+            bias_backward3<W>(stream, db, dout, N, OC, OC);
+            return true;
+        case 4:
+            (OC % W == 0 ? bias_backward_launch<W> : bias_backward_launch<1>)(stream, db, dout, N, OC, OC);
             return true;
         default:
+            if (OC % W != 0 || !bias_takes_clusters<W>(OC)) return false;
             bias_backward(stream, db, dout, N, OC);
             return true;
     }
 }
 
 int main(int argc, char** argv) {
-    Ladder ladder("bias_backward", {"a thread a column", "two stages", "16-byte loads", "one launch (in use)"}, argc, argv);
+    Ladder ladder("bias_backward", {"a thread a column", "two stages", "16-byte loads", "one launch (in use)", "clusters share out rows (in use)"}, argc, argv);
     int64_t shapes[][2] = {{1, 1}, {7, 13}, {1000, 33}, {9, 8}, {515, 264}, {64, 2304}, {4099, 768}, {3, 20000}, {300, 8192}, {77, 1601}};
     for (auto& shape : shapes) {
         int64_t N = shape[0], OC = shape[1];
@@ -123,8 +133,10 @@ int main(int argc, char** argv) {
         DeviceArray<floatX> d_dout(dout);
         DeviceArray<float> db(OC);
         ladder.check(format("rows %ld apart", (long)stride), {accumulated("db", db, before, after, 2e-5)}, [&](int version) {
-            if (version == 4) bias_backward(ladder.stream, db, d_dout, N, OC, stride);
-            return version == 4;
+            constexpr int W = Packed<floatX>::size;
+            if (version == 4) (stride % W == 0 ? bias_backward_launch<W> : bias_backward_launch<1>)(ladder.stream, db, d_dout, N, OC, stride);
+            if (version == 5) bias_backward(ladder.stream, db, d_dout, N, OC, stride);
+            return version >= 4;
         });
     }
     bool timing = argc < 2 || strcmp(argv[argc - 1], "--check") != 0;

@@ -4,12 +4,14 @@
 //
 // and du = (dq, dk, dv)⊙SiLU'(u). Each of the three is the recurrence of the forward pass with its roles exchanged, dq from the first token to the last, dk and
 // dv from the last to the first.
-// To be read and written: 14 bytes a token and channel (bf16). FLOPs, with chunks of n = 64: five products over half of a chunk and five with a state (each of
-// S, dS is made once and used in two or three places), 2·(5·n/2 + 5·hs) = 960 a token and channel at hs 64. At 3.0 TB/s and 690 TFLOP/s:
-//     B64 T1024, hs 64, C 768     705 MB    235 µs    48 GFLOP = 70 µs
-//     B8  T8192, B2 T32768        705 MB    235 µs
-//     B1  T262144                 2.8 GB    940 µs
-//     B8  T4096, hs 128, C 2048   940 MB    313 µs
+// To be read and written: 14 bytes a token and channel (bf16); and the states that forward has left (versions 7 to 9), which are counted too: before every 128
+// tokens hs/128·2 bytes, 1 at hs 64 and 2 at hs 128. The rows of the table say how many bytes are counted. FLOPs, with chunks of n = 64: five products over
+// half of a chunk and five with a state (each of S, dS is made once and used in two or three places), 2·(5·n/2 + 5·hs) = 960 a token and channel at hs 64.
+// At 3.0 TB/s and 690 TFLOP/s, without states and with them:
+//     B64 T1024, hs 64, C 768     705 MB    235 µs      755 MB    252 µs      48 GFLOP =  70 µs
+//     B8  T8192, B2 T32768        the same
+//     B1  T262144                 2.8 GB    940 µs      3.0 GB   1007 µs      193 GFLOP = 280 µs
+//     B8  T4096, hs 128, C 2048   940 MB    313 µs      1.07 GB   358 µs      107 GFLOP = 156 µs
 //
 //   1. Token by token: three sweeps of the forward ladder's version 1. Expected: three times its time.
 //   2. Chunks, float32 arithmetic: three sweeps of its version 2.
@@ -29,8 +31,11 @@
 //      values and state of the chunk before, which come next anyway, so nothing is read twice; two more products for a pair of chunks, 24 instead of 22.
 //      Expected, with memory as busy as in version 7 (2.7 TB/s): 17 µs less at B64, 45 at hs 128. What spans add, for D between them, by two groups of
 //      warpgroups and down to weights of 2^−24 rather than 2^−40: 54 µs before, 40 expected.
+//   9. Head sizes up to 64: a block has a multiprocessor for itself, its warpgroups have roles (lightning_roles.cuh): D; dV, dK and dQ, each of which
+//      makes SiLU and SiLU' of its own tile a chunk ahead. Instead of two blocks that each wait for what they do themselves. A block takes a whole
+//      sequence and head, or one range; what is read twice falls as in forward. Expected: 270 µs at B64, 295 at B8 and B2, 1080 at B1.
 //
-// The last version is the function that the layer calls; it chooses, between 4 and 5 what 8 does not take.
+// The last version is the function that the layer calls; it chooses, between 4 and 5 what 8 and 9 do not take.
 #include "lightning_case.h"
 
 #ifndef GPU_FLOAT32
@@ -111,8 +116,8 @@ __global__ void __launch_bounds__(lightning_wgmma::Shape<HS>::THREADS, lightning
     if (leader) load_all(chunks - 1);
 
     float slope2 = (float)(g.slope(h) * 1.4426950408889634), s[PANELS * 32];  // D: rows 64·p ...
-    factor_table(factors, false, slope2, g.scale);
-    factor_table(factors + 256, true, slope2, g.scale);
+    factor_table(factors, false, slope2, g.scale, threadIdx.x, blockDim.x);
+    factor_table(factors + 256, true, slope2, g.scale, threadIdx.x, blockDim.x);
     const float* from = q.index < q.spans - 1 ? g.border(q, q.index, h) : nullptr;
     for_state(s, p, warp, [&](int i, int j, float& x) { x = from && i < g.hs && j < g.hs ? from[i * g.hs + j] : 0; });
     Place place(warp);
@@ -241,7 +246,7 @@ static void backward6(cudaStream_t stream, const LightningCase& c, floatX* du, b
     g.every = 0;
     Scratch scratch = c.scratch();
     floatX* states = left ? c.states.data : scratch.take<floatX>(c.states.size);
-    LightningHopper hopper(stream, g, c.d_u, states, c.d_d_o, du, (LightningScheme)c.config["scheme"]);
+    LightningHopper hopper(stream, g, c.d_u, states, c.d_d_o, du, {3, (LightningScheme)c.config["scheme"]});
     if (!left) hopper.states(scratch);
     hopper.borders(true, scratch);
     Lightning pass = hopper.d;
@@ -256,16 +261,16 @@ static void backward6(cudaStream_t, const LightningCase&, floatX*, bool) {}
 #endif
 
 static LightningMethod method(int version, const AttentionConfig& a) {
-    return {std::min(version, 3), version >= 5 ? (LightningScheme)a["scheme"] : SCHEME_SEQUENTIAL, version >= 4, version >= 6};
+    return {std::min(version, 3), version >= 5 ? (LightningScheme)a["scheme"] : SCHEME_SEQUENTIAL, version >= 4, version >= 6, version >= 9};
 }
 static bool possible(int version, const LightningCase& c) {
-    return version <= 4 ? c.takes(std::min(version, 3)) : version == 5 || version == 8 || lightning_hopper(c.shape.hs);
+    return version <= 4 ? c.takes(std::min(version, 3)) : version == 5 || version == 9 || lightning_hopper(c.shape.hs);
 }
 static void backward(cudaStream_t stream, const LightningCase& c, floatX* du, int version) {
     if (version == 6 || version == 7)
         backward6(stream, c, du, version == 7);
     else
-        c.backward(stream, du, method(version, c.config), version == 8);
+        c.backward(stream, du, method(version, c.config), version >= 8);
 }
 
 static void check(Ladder& ladder, const LightningShape& shape) {
@@ -286,7 +291,7 @@ static void check(Ladder& ladder, const LightningShape& shape) {
     ladder.check(shape.name(), outputs, [&](int version) {
         if (!possible(version, c)) return false;
         c.poison_scratch();
-        if (version >= 7) c.leave_states(ladder.stream, o, method(version, c.config), version - 7);
+        if (version >= 7) c.leave_states(ladder.stream, o, method(version, c.config), std::min(version - 7, 1));
         backward(ladder.stream, c, du, version);
         return true;
     });
@@ -295,18 +300,23 @@ static void check(Ladder& ladder, const LightningShape& shape) {
 static void time(Ladder& ladder, const LightningShape& shape) {
     LightningCase c(shape, true);
     DeviceArray<floatX> o(c.N * c.C), du(c.N * 3 * c.C);
-    c.leave_states(ladder.stream, o, method(8, c.config));  // version 7 finds numbers there too
-    ladder.time(shape.name(), {shape.flops(5, 5), 7.0 * c.N * c.C * sizeof(floatX)}, [&](int version) {
-        if (!possible(version, c) || (version == 1 && shape.longest() > 16384)) return false;  // token by token: more than 100 ms
-        backward(ladder.stream, c, du, version);
-        return true;
-    });
+    c.leave_states(ladder.stream, o, method(9, c.config));  // version 7 finds numbers there too
+    for (int every : {-1, 0, 1}) {                          // versions 1 to 6 are given no states, 7 those before every chunk
+        double numbers = 7 + (every < 0 || !lightning_hopper(shape.hs) ? 0 : shape.hs / (64.0 * (1 << every)));
+        std::string name = format("%s, %.0f bytes", shape.name().c_str(), numbers * sizeof(floatX));
+        ladder.time(name, {shape.flops(5, 5), numbers * c.N * c.C * sizeof(floatX)}, [&](int version) {
+            if ((version <= 6 ? -1 : version == 7 ? 0 : 1) != every || !possible(version, c)) return false;
+            if (version == 1 && shape.longest() > 16384) return false;  // token by token: more than 100 ms
+            backward(ladder.stream, c, du, version);
+            return true;
+        });
+    }
 }
 
 int main(int argc, char** argv) {
     Ladder ladder("lightning_backward",
                   {"token by token, three sweeps", "chunks, float32 arithmetic", "tensor cores", "dk and dv by one sweep", "spans where sequences are few",
-                   "wgmma, all by one sweep", "states left by forward", "before every second chunk (in use)"},
+                   "wgmma, all by one sweep", "states left by forward", "before every second chunk", "warpgroups with roles, long spans (in use)"},
                   argc, argv);
     if (getenv("LADDER_SMALL")) {  // for compute-sanitizer's racecheck
         check(ladder, {"", 1, 64, {200, 70}, true});

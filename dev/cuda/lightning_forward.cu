@@ -2,13 +2,15 @@
 //
 //     q, k, v = SiLU(u)      S_t = λ·S_{t−1} + k_tᵀv_t      o_t = c·q_t·S_t      u (N,3C), o (N,C) bf16, S (hs,hs) float32 for each sequence and head
 //
-// To be read and written: 8 bytes a token and channel. In chunks of n = 64 tokens, two products over half of a chunk and two with the state, FLOPs a token and
-// channel: 2·(2·n/2 + 2·hs) = 384 at hs 64, 640 at hs 128: 48 and 80 for each byte, where an H100 does 230 in the time it takes to copy one. So memory is the
-// limit; at 3.0 TB/s:
-//     B64 T1024, hs 64, C 768     403 MB    134 µs, and 19 GFLOP = 28 µs at 690 TFLOP/s
-//     B8  T8192, B2 T32768        403 MB    134 µs
-//     B1  T262144                 1.6 GB    537 µs
-//     B8  T4096, hs 128, C 2048   537 MB    179 µs
+// To be read and written: 8 bytes a token and channel; and the states that backward starts from (versions 6 to 8), which are counted too: as bf16 before every
+// 128 tokens hs/128·2 bytes, 1 at hs 64 and 2 at hs 128. (Backward would read k and v once more to make them, 4 bytes, and SiLU and the products with them.)
+// The rows of the table say how many bytes are counted; what spans read a second time is not. In chunks of n = 64 tokens, two products over half of a chunk and
+// two with the state, FLOPs a token and channel: 2·(2·n/2 + 2·hs) = 384 at hs 64, 640 at hs 128: 48 and 80 for each byte, where an H100 does 230 in the time it
+// takes to copy one. So memory is the limit; at 3.0 TB/s, without states and with them:
+//     B64 T1024, hs 64, C 768     403 MB    134 µs      453 MB    151 µs      and 19 GFLOP = 28 µs at 690 TFLOP/s
+//     B8  T8192, B2 T32768        the same
+//     B1  T262144                 1.6 GB    537 µs      1.8 GB    604 µs      77 GFLOP = 112 µs
+//     B8  T4096, hs 128, C 2048   537 MB    179 µs      671 MB    224 µs      43 GFLOP =  62 µs
 // Beside that every one of the 3·N·C numbers goes through SiLU: with tanh one operation of the special function unit, of which the GPU does 3.7e12 a second,
 // 41 µs at N 65536, C 768; and some ten instructions of a thread are spent on each number altogether, of which it does 3e13: 50 µs.
 //
@@ -30,14 +32,21 @@
 //      groups of warpgroups, which take a span's chunks in turn, with weights counted from the span's end rather than chunk by chunk; and of weights only
 //      those of 2^−24 and more, as exact as float32 is, rather than 2^−40. Expected: 60 µs before, 40 now, at B8 and B2.
 //
+//   8. Head sizes up to 64: a block has a multiprocessor for itself, its warpgroups have roles (lightning_roles.cuh), and seven stages of tiles are on
+//      their way. Version 7 needs three blocks a multiprocessor, and so 384 spans at B8 and B2; these read 63 and 79 MB twice, and to sum them up takes
+//      50 µs. With one block 96 sequences and heads need no spans, and 11 ranges of a sequence read 33 to 41 MB twice. Expected: a chunk in 1.2 µs, and
+//      with it 160 µs at B8, 175 at B2, 620 at B1.
+//
 // Kernels 1 to 3 serve what 5 does not take (and other GPUs). The last version is the function that the layer calls; it chooses.
 #include "lightning_case.h"
 
 static LightningMethod method(int version, const AttentionConfig& a) {
-    return {std::min(version, 3), version >= 4 ? (LightningScheme)a["scheme"] : SCHEME_SEQUENTIAL, true, version >= 5};
+    return {std::min(version, 3), version >= 4 ? (LightningScheme)a["scheme"] : SCHEME_SEQUENTIAL, true, version >= 5, version >= 8};
 }
+// LightningCase::forward()'s `every`.
+static int leaves(int version) { return version <= 5 ? -1 : version == 6 ? 0 : 1; }
 static bool possible(int version, const LightningCase& c) {
-    return version <= 3 ? c.takes(version) : (version != 5 && version != 6) || lightning_hopper(c.shape.hs);
+    return version <= 3 ? c.takes(version) : version == 4 || version == 8 || lightning_hopper(c.shape.hs);
 }
 
 static void check(Ladder& ladder, const LightningShape& shape) {
@@ -48,7 +57,7 @@ static void check(Ladder& ladder, const LightningShape& shape) {
     ladder.check(shape.name(), outputs, [&](int version) {
         if (!possible(version, c)) return false;
         c.poison_scratch();
-        c.forward(ladder.stream, o, method(version, c.config), std::max(version - 6, -1));
+        c.forward(ladder.stream, o, method(version, c.config), leaves(version));
         return true;
     });
 }
@@ -87,17 +96,22 @@ static void check_extend(Ladder& ladder, LightningShape shape) {
 static void time(Ladder& ladder, const LightningShape& shape) {
     LightningCase c(shape, true);
     DeviceArray<floatX> o(c.N * c.C);
-    ladder.time(shape.name(), {shape.flops(2, 2), 4.0 * c.N * c.C * sizeof(floatX)}, [&](int version) {
-        if (!possible(version, c) || (version == 1 && shape.longest() > 32768)) return false;  // token by token: more than 100 ms
-        c.forward(ladder.stream, o, method(version, c.config), std::max(version - 6, -1));
-        return true;
-    });
+    for (int every : {-1, 0, 1}) {  // versions 1 to 5 leave no states, 6 leaves them before every chunk
+        double numbers = 4 + (every < 0 || !lightning_hopper(shape.hs) ? 0 : shape.hs / (64.0 * (1 << every)));
+        std::string name = format("%s, %.0f bytes", shape.name().c_str(), numbers * sizeof(floatX));
+        ladder.time(name, {shape.flops(2, 2), numbers * c.N * c.C * sizeof(floatX)}, [&](int version) {
+            if (leaves(version) != every || !possible(version, c)) return false;
+            if (version == 1 && shape.longest() > 32768) return false;  // token by token: more than 100 ms
+            c.forward(ladder.stream, o, method(version, c.config), every);
+            return true;
+        });
+    }
 }
 
 int main(int argc, char** argv) {
     Ladder ladder("lightning_forward",
                   {"token by token, a thread a column of S", "chunks, float32 arithmetic", "tensor cores, S in registers", "spans where sequences are few",
-                   "wgmma, bulk copies", "states left for backward", "before every second chunk (in use)"},
+                   "wgmma, bulk copies", "states left for backward", "before every second chunk", "warpgroups with roles, long spans (in use)"},
                   argc, argv);
     if (getenv("LADDER_SMALL")) {  // for compute-sanitizer's racecheck
         check(ladder, {"", 1, 64, {200, 70}, true});

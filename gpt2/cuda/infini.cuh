@@ -45,29 +45,44 @@ namespace gpu {
 // --------------------------------------------------------------------------------------------------------------------------------------------------
 // 1. From segment to segment: float32 whatever the storage type, few numbers, strictly in order
 
-// z, M of every full segment, which hold what that segment adds, become what it leaves: a running sum over each sequence. A thread takes one number of the
+// z, M of every full segment, which hold what that segment adds, become what it leaves: a running sum over each sequence. A thread takes V neighbours of the
 // first `numbers` (hs: z alone) of each kv head's memory. group > 0: they are running sums already within groups of so many segments, where a sequence begins
-// from its beginning.
-__global__ void infini_sum_kernel(InfiniPass p, int64_t numbers, int group) {
-    int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x, e = i % numbers, head = i / numbers;
+// from its beginning. It may begin before the kernel that writes the memories has ended: that one was launched when all before it was done.
+template <int V>
+__global__ void __launch_bounds__(256) infini_sum_kernel(InfiniPass p, int64_t numbers, int group) {
+    constexpr int LOADS = 8;  // on their way at a time
+    struct alignas(V * sizeof(float)) Neighbours {
+        float v[V];
+    };
+    int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x, e = i % (numbers / V) * V, head = i / (numbers / V);
     if (head >= (int64_t)p.num_seqs * p.kv_heads) return;
     int s = (int)(head / p.kv_heads), kv = (int)(head % p.kv_heads);
     const InfiniSequence q = p.sequences[s];
     int end = p.sequences[s + 1].first_memory;
-    float sum = group > 0 ? 0 : q.written ? q.block[INFINI_MEMORY + kv * p.memory_size() + e] : e < p.hs ? p.z_start : 0, before = sum;
+    float sum[V], before[V];
+#pragma unroll
+    for (int k = 0; k < V; k++)
+        before[k] = sum[k] = group > 0 ? 0 : q.written ? q.block[INFINI_MEMORY + kv * p.memory_size() + e + k] : e + k < p.hs ? p.z_start : 0;
     int64_t step = p.memory_at(1, 0);
     float* at = p.memories + p.memory_at(q.first_memory, kv) + e;
-    for (int w = q.first_memory; w < end; w += 4) {  // four loads on their way at a time
-        float own[4];
+    wait_for_kernel_before();
+    for (int w = q.first_memory; w < end; w += LOADS) {
+        Neighbours own[LOADS];
 #pragma unroll
-        for (int j = 0; j < 4; j++) own[j] = w + j < end ? at[j * step] : 0;
+        for (int j = 0; j < LOADS; j++)
+            if (w + j < end) own[j] = *(const Neighbours*)(at + j * step);
 #pragma unroll
-        for (int j = 0; j < 4; j++) {
-            if (group == 0 || (q.first_segment + w + j - q.first_memory) % group == 0) before = sum;
-            sum = before + own[j];
-            if (w + j < end) at[j * step] = sum;
+        for (int j = 0; j < LOADS; j++) {
+            if (w + j >= end) break;
+            bool new_group = group == 0 || (q.first_segment + w + j - q.first_memory) % group == 0;
+#pragma unroll
+            for (int k = 0; k < V; k++) {
+                if (new_group) before[k] = sum[k];
+                own[j].v[k] = sum[k] = before[k] + own[j].v[k];
+            }
+            *(Neighbours*)(at + j * step) = own[j];
         }
-        at += 4 * step;
+        at += LOADS * step;
     }
 }
 
@@ -282,8 +297,10 @@ inline bool infini_whole_groups(const InfiniPass& p) {
 }
 inline void infini_sum(cudaStream_t stream, const InfiniPass& p) {
     if (p.hopper && infini_whole_groups(p)) return;
-    int64_t numbers = p.delta ? p.hs : p.memory_size();
-    infini_launch(stream, infini_sum_kernel, dim3((unsigned)ceil_div(p.num_seqs * p.kv_heads * numbers, 256)), 256, 0, p, numbers, p.hopper ? p.group : 0);
+    int64_t numbers = p.delta ? p.hs : p.memory_size(), V = numbers % 2 == 0 ? 2 : 1, blocks = ceil_div(p.num_seqs * p.kv_heads * numbers / V, 256);
+    if (blocks == 0) return;
+    launch_overlapping(stream, p.hopper, 1, V == 2 ? infini_sum_kernel<2> : infini_sum_kernel<1>, blocks, 256, 0, p, numbers, p.hopper ? p.group : 0);
+    LAUNCH_CHECK();
 }
 inline void infini_sum_backward(cudaStream_t stream, const InfiniPass& p, bool hopper, float* dmemories) {
     if (hopper && infini_whole_groups(p)) return;
@@ -356,13 +373,29 @@ inline void infini_write(cudaStream_t stream, const InfiniPass& p, Scratch scrat
     infini_apply_maps<false>(stream, p, maps, p.memories);
 }
 
+#ifndef GPU_FLOAT32
+// How many rows of a segment one block of infini_retrieve_kernel4 takes. A block begins by bringing the memory into shared memory, which takes as long as some
+// two tiles, so it should have many; but the blocks that the GPU holds at a time, `resident` of them, leave it in waves, of which the last should be full.
+inline int infini_retrieve_piece(const InfiniPass& p, int64_t resident) {
+    constexpr int BEGIN = 2;  // tiles
+    int64_t tiles = std::max<int64_t>(1, ceil_div(p.max_q(), infini_hopper::ROWS)), best = INT64_MAX, best_piece = 1;
+    for (int64_t pieces = 1; pieces <= tiles; pieces++) {
+        int64_t piece = ceil_div(tiles, pieces), waves = ceil_div(p.max_segments * pieces * p.heads, resident), time = waves * (piece + BEGIN);
+        if (time < best) best = time, best_piece = piece;
+    }
+    return (int)best_piece * infini_hopper::ROWS;
+}
+#endif
+
 // A = g·R + (1−g)·D, (N,C); A may be D. beta (NH).
 inline void infini_retrieve(cudaStream_t stream, const InfiniPass& p, const float* beta, const floatX* D, floatX* A) {
 #ifndef GPU_FLOAT32
     if (p.hopper && aligned16(D) && aligned16(A) && p.max_segments > 0) {
-        dim3 blocks((unsigned)(p.max_segments * ceil_div(p.max_q(), infini_hopper::PIECE) * p.heads));
-        infini_launch(stream, infini_retrieve_kernel4, blocks, infini_hopper::THREADS, infini_hopper::Shared<1, INFINI_RETRIEVE_STAGES, 2>::BYTES,
-                      infini_qkv_map(p, p.qkv), infini_channels_map(p, D), infini_channels_map(p, A), p, beta, A);
+        constexpr int SHARED = infini_hopper::Shared<1, INFINI_RETRIEVE_STAGES, 2>::BYTES;
+        int piece = infini_retrieve_piece(p, resident_blocks(infini_retrieve_kernel4, infini_hopper::THREADS, SHARED));
+        dim3 blocks((unsigned)(p.max_segments * ceil_div(p.max_q(), piece) * p.heads));
+        infini_launch(stream, infini_retrieve_kernel4, blocks, infini_hopper::THREADS, SHARED, infini_qkv_map(p, p.qkv), infini_channels_map(p, D),
+                      infini_channels_map(p, A), p, beta, A, piece);
         return;
     }
     if (p.tensor_cores && aligned16(D) && aligned16(A)) {

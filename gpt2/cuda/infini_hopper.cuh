@@ -12,6 +12,7 @@
 
 #include "hopper.cuh"
 #include "infini_pass.cuh"
+#include "overlap.cuh"
 
 #ifndef GPU_FLOAT32
 namespace gpu {
@@ -37,10 +38,14 @@ __device__ inline uint32_t transposed_block_at(uint32_t panel, int t) {
     return chunk_at(panel, lane() / 16 * 8 + lane() % 8, threadIdx.x / 32 * 2 + lane() / 8 % 2) + t * 2048;
 }
 
-__device__ inline float feature(float x) { return x > 0 ? x + 1 : __expf(x); }
+// Φ of two numbers: the line in bf16, where it rounds but once; the exponential in float32. These kernels spend more instructions here than anywhere else.
 __device__ inline uint32_t feature(uint32_t x) {
+    constexpr float LOG2_E = 1.4426950408889634f;
     float2 f = unpack_bf16(x);
-    return pack_bf16(feature(f.x), feature(f.y));
+    uint32_t exponential = pack_bf16(exp2_fast(LOG2_E * f.x), exp2_fast(LOG2_E * f.y));
+    __nv_bfloat162 pair = *(__nv_bfloat162*)&x, line = __hadd2(pair, __float2bfloat162_rn(1));
+    uint32_t positive = __hgt2_mask(pair, __float2bfloat162_rn(0));  // not where x is NaN
+    return (*(uint32_t*)&line & positive) | (exponential & ~positive);
 }
 __device__ inline float sum_of_row(float x) {  // over the 4 threads that share a row of a result
     x += __shfl_xor_sync(0xffffffff, x, 1);
@@ -154,13 +159,14 @@ constexpr int PIECE = 256;  // rows of a segment that a block takes, where it ne
 
 // What full segments add to z and M, or (linear) what they leave, counted from the group's or the sequence's first segment on. A block: a group and a kv head.
 // keys: k|v.
-constexpr int INFINI_WRITE_STAGES = 3;
-__global__ void __launch_bounds__(infini_hopper::THREADS, 4) infini_write_kernel4(const __grid_constant__ CUtensorMap keys, InfiniPass p) {
+constexpr int INFINI_WRITE_STAGES = 2;
+__global__ void __launch_bounds__(infini_hopper::THREADS, 6) infini_write_kernel4(const __grid_constant__ CUtensorMap keys, InfiniPass p) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
     using namespace infini_hopper;
     constexpr int STAGES = INFINI_WRITE_STAGES;
     const Shared<0, STAGES, 2> shared;
     int kv = blockIdx.x % p.kv_heads, begin = blockIdx.x / p.kv_heads * p.group, end = min(begin + p.group, p.max_segments);
+    let_next_kernel_start();
     shared.begin();
     __syncthreads();
     // The tiles of the group's full segments, counted through; thread 0 is ahead of the others.
@@ -215,11 +221,14 @@ __global__ void __launch_bounds__(infini_hopper::THREADS, 4) infini_write_kernel
                 load_matrices_transposed(a[k4], transposed_block_at(k, k4));
 #pragma unroll
                 for (int j = 0; j < 4; j++) {
-                    float2 f = unpack_bf16(feature(a[k4][j]));
-                    int token = column_of(k4, j);
-                    if (token >= n) f.x = 0;
-                    if (token + 1 >= n) f.y = 0;
-                    a[k4][j] = pack_bf16(f.x, f.y);
+                    a[k4][j] = feature(a[k4][j]);
+                    float2 f = unpack_bf16(a[k4][j]);
+                    if (n < ROWS) {
+                        int token = column_of(k4, j);
+                        if (token >= n) f.x = 0;
+                        if (token + 1 >= n) f.y = 0;
+                        a[k4][j] = pack_bf16(f.x, f.y);
+                    }
                     z[j % 2] += f.x + f.y;
                 }
             }
@@ -242,19 +251,19 @@ __global__ void __launch_bounds__(infini_hopper::THREADS, 4) infini_write_kernel
 #endif
 }
 
-// A = g·R + (1−g)·D, (N,C); A may be D. q: columns of qkv.
+// A = g·R + (1−g)·D, (N,C); A may be D. q: columns of qkv. A block takes `piece` rows (a multiple of ROWS) of a segment.
 constexpr int INFINI_RETRIEVE_STAGES = 2;
 __global__ void __launch_bounds__(infini_hopper::THREADS, 5)
     infini_retrieve_kernel4(const __grid_constant__ CUtensorMap q, const __grid_constant__ CUtensorMap D, const __grid_constant__ CUtensorMap to_A,
-                            InfiniPass p, const float* beta, floatX* A) {
+                            InfiniPass p, const float* beta, floatX* A, int piece) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
     using namespace infini_hopper;
     constexpr int STAGES = INFINI_RETRIEVE_STAGES;
     const Shared<1, STAGES, 2> shared;
-    int h = blockIdx.x % p.heads, pieces = (int)ceil_div(p.max_q(), PIECE), first = blockIdx.x / p.heads % pieces * PIECE;
+    int h = blockIdx.x % p.heads, pieces = (int)ceil_div(p.max_q(), piece), first = blockIdx.x / p.heads % pieces * piece;
     const float beta_h = beta[h];
     const InfiniSegment s = p.segments[blockIdx.x / p.heads / pieces];
-    int rows = min(PIECE, s.q_len - first);
+    int rows = min(piece, s.q_len - first);
     if (rows <= 0) return;
     const float* memory = p.memory(s, p.kv_head(h));
     const float g = p.gate(s, beta_h);

@@ -31,12 +31,14 @@
 //   lightning_backward_kernel8   all gradients by one sweep, for Hopper, which needs these states            (lightning_hopper.cuh)
 //   lightning_states_kernel6     for Hopper: the states before chunks, where forward has not left them   (lightning_hopper.cuh)
 //   lightning_span_kernel8       for Hopper: what spans add to the states between them                   (lightning_hopper.cuh)
+//   lightning_forward_kernel8, lightning_backward_kernel9   the same up to head size 64: warpgroups with roles      (lightning_roles.cuh)
 //
 // The numbers are those of the ladders dev/cuda/lightning_forward.cu, lightning_backward.cu and lightning_gate.cu, which say what was tried and expected.
 #pragma once
 
 #include "lightning_gate.cuh"
 #include "lightning_hopper.cuh"
+#include "lightning_roles.cuh"
 #include "lightning_sweep.cuh"
 #include "lightning_tensor_cores.cuh"
 
@@ -174,6 +176,7 @@ struct LightningMethod {
     LightningScheme scheme = SCHEME_AUTO;
     bool pairs = true;
     bool hopper = true;  // Hopper's instead, where it can be used
+    bool roles = true;   // of these the ones whose warpgroups have roles, where they can be used
 };
 
 // The kernel for a sweep, how its blocks look, and how many of them a multiprocessor holds.
@@ -244,6 +247,28 @@ inline int lightning_even_span(const Lightning& g, const LightningPlan& plan) {
     return best >= g.max_len ? 0 : (int)best;
 }
 
+// For the kernels whose blocks have a multiprocessor for themselves (lightning_roles.cuh): how many spans of LIGHTNING_MIN_SPAN a block takes; 0: whole
+// sequences. Times are in tokens of a head, at the rate at which memory serves a multiprocessor. bytes: that forward or backward moves for each number.
+inline int lightning_range(const Lightning& g, LightningScheme scheme, double bytes) {
+    if (scheme == SCHEME_SEQUENTIAL || g.max_len <= LIGHTNING_MIN_SPAN) return 0;
+    const double rate = bytes < 12 ? 1.25 : 1.05;  // of a block that does not wait for memory
+    const double fixed = 3600 / bytes;             // to have sums over spans at all: 10 µs
+    const double processors = device_properties().multiProcessorCount, all = (double)g.tokens * g.heads, items = (double)g.num_seqs * g.heads;
+    const int64_t slots = g.tokens / LIGHTNING_MIN_SPAN + g.num_seqs;
+    double least = std::max(all / processors, std::max<double>(g.max_len, ceil(items / processors) * all / items) / rate);
+    int64_t best = 0;
+    for (int64_t ranges = 2; ranges <= slots && (ranges == 2 || ranges * g.heads <= processors); ranges++) {
+        const int64_t range = ceil_div(slots, ranges);
+        double counting = 0;  // tokens before a border, of all heads
+        for (int h = 0; h < g.heads; h++)
+            counting += std::min<double>((double)range * LIGHTNING_MIN_SPAN, 64.0 * chunks_that_count((float)(g.slope(h) * 1.4426950408889634)));
+        const double time = std::max(all / processors, ceil(ranges * g.heads / processors) * range * LIGHTNING_MIN_SPAN / rate) + fixed +
+                            (ranges - 1) * counting * 4 / bytes / processors;
+        if (time < least || (best == 0 && scheme == SCHEME_PARALLEL)) least = time, best = range;
+    }
+    return (int)best;
+}
+
 // One of the two passes over the spans (or the only one). own: what spans add, into the borders.
 inline void lightning_launch(cudaStream_t stream, const Lightning& g, const LightningSweep& w, const LightningPlan& plan, bool own) {
     dim3 grid((unsigned)(g.slots() * g.heads), (unsigned)plan.column_blocks(g.hs));
@@ -300,16 +325,40 @@ inline void lightning_sweep(cudaStream_t stream, Lightning g, LightningSweep w, 
 }
 
 #ifndef GPU_FLOAT32
+// How many blocks of so many threads and bytes of shared memory the GPU holds at a time, in clusters.
+template <class... Parameters>
+inline int lightning_clusters(void (*kernel)(Parameters...), int cluster, int threads, int shared) {
+    static std::map<std::tuple<const void*, int, int, int>, int> known;
+    int& blocks = known[{(const void*)kernel, cluster, threads, shared}];
+    if (blocks == 0) {
+        cudaLaunchAttribute attribute = {};
+        cudaLaunchConfig_t config = {};
+        attribute.id = cudaLaunchAttributeClusterDimension;
+        attribute.val.clusterDim.x = (unsigned)cluster, attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+        config.gridDim = dim3((unsigned)cluster);
+        config.blockDim = dim3((unsigned)threads);
+        config.dynamicSmemBytes = shared;
+        config.attrs = &attribute;
+        config.numAttrs = 1;
+        allow_shared_memory(kernel, shared);
+        CUDA_CHECK(cudaOccupancyMaxActiveClusters(&blocks, kernel, &config));
+        blocks *= cluster;
+    }
+    return blocks;
+}
+
 // Hopper's kernels and what they need, for one pass.
 struct LightningHopper {
     cudaStream_t stream;
     Lightning g, d;  // of the sweeps from the first chunk to the last, and of those back
+    Lightning r;     // of the kernels whose warpgroups have roles, which are used if `roles`
     LightningMaps maps;
+    bool roles;
 
     // u (N,3C); `states` (lightning_states() numbers): S before chunks, or null; d_o (N,C) and du (N,3C), or in the forward pass null and o (N,C).
     LightningHopper(cudaStream_t stream, const Lightning& pass, const floatX* u, const floatX* states, const floatX* d_o, const floatX* out,
-                    LightningScheme scheme)
-        : stream(stream), g(pass), d(pass) {
+                    const LightningMethod& method)
+        : stream(stream), g(pass), d(pass), r(pass), roles(method.roles && pass.hs <= 64 && pass.every == 1) {
         int64_t C = g.channels(), hs = g.hs, N = g.tokens, count = std::max<int64_t>(N >> (6 + g.every), 1) * g.heads, parts = d_o ? 3 : 1;
         maps.u = tensor_map<3>(u, {hs, 3 * g.heads, N}, {hs, 3 * C}, {64, 1, 64});
         maps.d_o = d_o ? tensor_map<3>(d_o, {hs, g.heads, N}, {hs, C}, {64, 1, 64}) : maps.u;
@@ -323,8 +372,10 @@ struct LightningHopper {
             plan.shared = d_o ? Shape::BACKWARD_SHARED : Shape::FORWARD_SHARED;
             plan.most_blocks = d_o ? Shape::BACKWARD_BLOCKS : Shape::BLOCKS;
         });
-        g.span = d.span = lightning_span(g, plan, scheme) > 0 ? lightning_even_span(g, plan) : 0;
+        g.span = d.span = lightning_span(g, plan, method.scheme) > 0 ? lightning_even_span(g, plan) : 0;
         d.memory_from = nullptr;
+        r.range = lightning_range(r, method.scheme, d_o ? 15 : 9);
+        r.span = r.range ? LIGHTNING_MIN_SPAN : 0;
     }
     static bool takes(const Lightning& g, const floatX* u, const floatX* d_o, const floatX* out) {
         return lightning_hopper(g.hs) && g.num_seqs > 0 && g.tokens > 0 && aligned16(u) && aligned16(d_o) && aligned16(out);
@@ -350,7 +401,7 @@ struct LightningHopper {
         x.borders = scratch.take<float>(g.tokens / g.span * g.heads * g.head_state());
         with_size([&](auto HS) {
             using Shape = lightning_wgmma::Shape<HS.value>;
-            launch(lightning_span_kernel8<HS.value>, Shape::SPAN_THREADS, Shape::SPAN_SHARED, x, maps, backwards);
+            launch(lightning_span_kernel8<HS.value>, Shape::SPAN_THREADS, Shape::SPAN_SHARED, x, maps, backwards, 0);
         });
         lightning_scan(stream, x, false, backwards);
     }
@@ -362,17 +413,49 @@ struct LightningHopper {
             launch(lightning_states_kernel6<HS.value>, Shape::THREADS, Shape::STATES_SHARED, g, maps);
         });
     }
+    // For the kernels whose warpgroups have roles: what spans add to the states (or gradients) at the borders between ranges, then the kernel itself.
+    template <class... Parameters, class... Arguments>
+    void launch_roles(bool backwards, Scratch& scratch, void (*kernel)(Parameters...), int threads, int shared, const Arguments&... arguments) {
+        const int processors = device_properties().multiProcessorCount, ranges = r.range ? (int)ceil_div(r.slots(), r.range) : 0;
+        if (ranges > 0) r.borders = scratch.take<float>(r.tokens / r.span * r.heads * r.head_state());
+        if (ranges > 1) {
+            using Shape = lightning_wgmma::Shape<64>;
+            int counting = 1;
+            for (int h = 0; h < r.heads; h++) counting = std::max(counting, chunks_that_count((float)(r.slope(h) * 1.4426950408889634)));
+            const int64_t away = std::min<int64_t>(r.range, ceil_div(counting, r.span / 64));
+            allow_shared_memory(lightning_span_kernel8<64>, Shape::SPAN_SHARED);
+            lightning_span_kernel8<64>
+                <<<(unsigned)(away * (ranges - 1) * r.heads), Shape::SPAN_THREADS, Shape::SPAN_SHARED, stream>>>(r, maps, backwards, ranges);
+            LAUNCH_CHECK();
+        }
+        int64_t blocks = ranges ? (int64_t)ranges * r.heads : std::min<int64_t>((int64_t)r.num_seqs * r.heads, processors);
+        // Neighbouring heads side by side: as many as leave room for all blocks at a time.
+        const int cluster = r.heads % 4 == 0 && lightning_clusters(kernel, 4, threads, shared) >= blocks ? 4 : r.heads % 2 == 0 ? 2 : 1;
+        launch_overlapping(stream, ranges > 1, cluster, kernel, blocks / cluster * cluster, threads, shared, r, arguments...);
+        LAUNCH_CHECK();
+    }
     void forward(floatX* o, bool leave_states, Scratch scratch) {
-        borders(false, scratch);
-        with_size([&](auto HS) {
-            using Shape = lightning_wgmma::Shape<HS.value>;
-            launch(lightning_forward_kernel5<HS.value>, Shape::THREADS, Shape::FORWARD_SHARED, g, o, maps, leave_states);
-        });
-        if (g.span == 0 || (!g.memory_to && !g.states)) return;
-        lightning_finish_kernel<<<by_states(), 256, 0, stream>>>(g);
+        if (roles) {
+            using Shape = lightning_roles::Forward;
+            launch_roles(false, scratch, lightning_forward_kernel8, Shape::THREADS, Shape::SHARED, o, maps, leave_states);
+        } else {
+            borders(false, scratch);
+            with_size([&](auto HS) {
+                using Shape = lightning_wgmma::Shape<HS.value>;
+                launch(lightning_forward_kernel5<HS.value>, Shape::THREADS, Shape::FORWARD_SHARED, g, o, maps, leave_states);
+            });
+        }
+        const Lightning& done = roles ? r : g;
+        if (done.span == 0 || (!g.memory_to && !g.states)) return;
+        lightning_finish_kernel<<<by_states(), 256, 0, stream>>>(done);
         LAUNCH_CHECK();
     }
     void backward(floatX* du, Scratch scratch) {
+        if (roles) {
+            using Shape = lightning_roles::Backward;
+            launch_roles(true, scratch, lightning_backward_kernel9, Shape::THREADS, Shape::SHARED, du, maps);
+            return;
+        }
         borders(true, scratch);
         Lightning pass = d;
         pass.memory_from = g.memory_from;
@@ -392,10 +475,10 @@ inline void lightning_recurrence_forward(cudaStream_t stream, const Lightning& g
     LightningSweep w = {{u, 3 * C, true}, {u + C, 3 * C, true}, {u + 2 * C, 3 * C, true}, {o, C, nullptr, 0}, false, false, {}, {}};
 #ifndef GPU_FLOAT32
     if (method.hopper && LightningHopper::takes(g, u, u, o)) {
-        LightningHopper(stream, g, u, states, nullptr, o, method.scheme).forward(o, states, scratch);
+        LightningHopper(stream, g, u, states, nullptr, o, method).forward(o, states, scratch);
         return;
     }
-    if (states && LightningHopper::takes(g, u, u, u)) LightningHopper(stream, g, u, states, nullptr, u, method.scheme).states(scratch);
+    if (states && LightningHopper::takes(g, u, u, u)) LightningHopper(stream, g, u, states, nullptr, u, method).states(scratch);
 #else
     (void)states;
 #endif
@@ -414,7 +497,7 @@ inline void lightning_recurrence_backward(cudaStream_t stream, Lightning g, cons
     if (method.hopper && LightningHopper::takes(g, u, d_o, du)) {
         bool missing = !states;
         if (missing) states = scratch.take<floatX>(std::max<int64_t>(g.tokens >> (6 + g.every), 1) * g.channels() * g.hs);
-        LightningHopper hopper(stream, g, u, states, d_o, du, method.scheme);
+        LightningHopper hopper(stream, g, u, states, d_o, du, method);
         if (missing) hopper.states(scratch);
         hopper.backward(du, scratch);
         return;

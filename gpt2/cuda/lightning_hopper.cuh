@@ -26,6 +26,7 @@
 
 #include "hopper.cuh"
 #include "lightning_tensor_cores.cuh"
+#include "overlap.cuh"
 
 #ifndef GPU_FLOAT32
 
@@ -135,8 +136,8 @@ __device__ inline uint32_t silus(uint32_t u, uint32_t& gradient) {
 
 // Factors of products of 64 by 64 tokens, 256 floats: table[64 + column − row] = c·λ^distance, 0 where that is negative, and the same one place further, so
 // that pairs are aligned for every thread. The distance is column − row (keys in rows), or row − column (`queries` in rows).
-__device__ inline void factor_table(float* table, bool queries, float slope2, float scale) {
-    for (int x = threadIdx.x; x < 256; x += blockDim.x) {
+__device__ inline void factor_table(float* table, bool queries, float slope2, float scale, int thread, int threads) {
+    for (int x = thread; x < 256; x += threads) {
         int distance = x % 128 + x / 128 - 64;
         if (queries) distance = -distance;
         table[x] = distance >= 0 ? scale * lightning_mma::power(slope2, (float)distance) : 0;
@@ -257,9 +258,10 @@ struct LightningMaps {
 
 // What each span adds to the state S behind it (sums over k and v), or, `backwards`, to the gradient D before it (over q and d_o): into the borders. It is a
 // sum with weights λ^distance, of which only those chunks are read whose weights count. GROUPS groups of warpgroups take the chunks in turn.
+// With g.range: of the spans whose weights count at one of the borders between the `ranges` ranges of spans.
 template <int HS>
 __global__ void __launch_bounds__(lightning_wgmma::Shape<HS>::SPAN_THREADS, lightning_wgmma::Shape<HS>::SPAN_BLOCKS)
-    lightning_span_kernel8(const Lightning g, const __grid_constant__ LightningMaps maps, bool backwards) {
+    lightning_span_kernel8(const Lightning g, const __grid_constant__ LightningMaps maps, bool backwards, int ranges) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
     using namespace lightning_wgmma;
     using lightning_mma::load_shared, lightning_mma::store_shared, lightning_mma::power;
@@ -271,10 +273,19 @@ __global__ void __launch_bounds__(lightning_wgmma::Shape<HS>::SPAN_THREADS, ligh
     const uint32_t tiles = shared_address(lightning_hopper_memory) + group * 4 * TILE;  // two stages of two tiles
     const uint32_t full = shared_address(lightning_hopper_memory) + GROUPS * 4 * TILE + CHUNK * (uint32_t)sizeof(float) + group * 16;
     float* weights = (float*)(lightning_hopper_memory + GROUPS * 4 * TILE);  // of a chunk's tokens, from its last one (first one) on
-    LightningSpan q;
-    if (!g.find(g.block_slot(false), q) || q.n <= 0 || q.index == (backwards ? 0 : q.spans - 1)) return;
+    let_next_kernel_start();
     const float slope2 = (float)(g.slope(h) * 1.4426950408889634);
-    const int all = (q.n + CHUNK - 1) / CHUNK, chunks = min(all, chunks_that_count(slope2));
+    int counting = chunks_that_count(slope2);
+    LightningSpan q;
+    if (g.range == 0) {
+        if (!g.find(g.block_slot(false), q) || q.n <= 0 || q.index == (backwards ? 0 : q.spans - 1)) return;
+    } else {  // the spans next to a border first
+        const int away = blockIdx.x / ((ranges - 1) * g.heads), border = (blockIdx.x / g.heads % (ranges - 1) + 1) * g.range;  // the slot behind it
+        counting -= away * (g.span / CHUNK);
+        if (counting <= 0 || !g.find(backwards ? border + away : border - 1 - away, q)) return;
+        if (backwards ? q.index - away < 1 : q.index + away + 1 >= q.spans) return;  // both sides of the border must be of one sequence
+    }
+    const int all = (q.n + CHUNK - 1) / CHUNK, chunks = min(all, counting);
     auto chunk_of = [&](int k) { return backwards ? k : all - 1 - k; };  // the k-th in the order of their weights
 
     auto load = [&](int k) {
@@ -459,7 +470,7 @@ __global__ void __launch_bounds__(lightning_wgmma::Shape<HS>::THREADS, lightning
         if (chunks > 0) load(0);
     }
     float slope2 = (float)(g.slope(h) * 1.4426950408889634), s[PANELS * 32];  // S: rows 64·p ...
-    factor_table(factors, true, slope2, g.scale);
+    factor_table(factors, true, slope2, g.scale, threadIdx.x, blockDim.x);
     const float* from = g.start(q, h);
     for_state(s, p, warp, [&](int i, int j, float& x) { x = from && i < g.hs && j < g.hs ? from[i * g.hs + j] : 0; });
     Place place(warp);
@@ -590,8 +601,8 @@ __global__ void __launch_bounds__(lightning_wgmma::Shape<HS>::THREADS, lightning
     if (leader) load(chunks - 1, true);
 
     float slope2 = (float)(g.slope(h) * 1.4426950408889634), s[PANELS * 32];  // D: rows 64·p ...
-    factor_table(factors, false, slope2, g.scale);
-    factor_table(factors + 256, true, slope2, g.scale);
+    factor_table(factors, false, slope2, g.scale, threadIdx.x, blockDim.x);
+    factor_table(factors + 256, true, slope2, g.scale, threadIdx.x, blockDim.x);
     const float* from = q.index < q.spans - 1 ? g.border(q, q.index, h) : nullptr;
     for_state(s, p, warp, [&](int i, int j, float& x) { x = from && i < g.hs && j < g.hs ? from[i * g.hs + j] : 0; });
     Place place(warp);

@@ -40,6 +40,7 @@ struct Lightning {
 
     int span = 0;              // tokens; 0: each sequence is one span
     float* borders = nullptr;  // (N/span, NH,hs,hs): states between spans
+    int range = 0;             // spans that a block of lightning_roles.cuh takes; then borders hold what each span adds
     int every = 1;             // forward leaves for backward the states before every 2^every chunks of 64 tokens, of which spans are multiples
 
     HOST_DEVICE int64_t channels() const { return (int64_t)heads * hs; }
@@ -47,7 +48,7 @@ struct Lightning {
     // Spans are numbered so that a sequence's first one can be told from its first row; a few numbers between sequences stand for nothing.
     HOST_DEVICE int64_t slots() const { return span ? tokens / span + num_seqs : num_seqs; }
 
-    __device__ double slope(int h) const { return geometric ? factor * exp2(-8.0 * (h + 1) / heads) : factor * 8 * h / heads; }
+    HOST_DEVICE double slope(int h) const { return geometric ? factor * exp2(-8.0 * (h + 1) / heads) : factor * 8 * h / heads; }
 
     // The span of a block. In the second pass over the spans `last_first`: what the first has read last is still in the L2 cache.
     __device__ int64_t block_slot(bool last_first) const { return span && last_first ? slots() - 1 - blockIdx.x / heads : blockIdx.x / heads; }
@@ -102,7 +103,7 @@ struct Lightning {
 };
 
 // Of a sum of terms with weights λ^distance, those of so many chunks of 64 tokens count: λ^distance < 2^−24 in the others.
-__device__ inline int chunks_that_count(float slope2) { return (int)fminf(24 / slope2, 1e9f) / 64 + 1; }  // slope2 = −log2(λ)
+HOST_DEVICE inline int chunks_that_count(float slope2) { return (int)fminf(24 / slope2, 1e9f) / 64 + 1; }  // slope2 = −log2(λ)
 
 // Head h of row n: p[n·stride + h·hs ...], through SiLU if `silu`.
 struct LightningRows {
