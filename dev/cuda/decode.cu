@@ -698,11 +698,12 @@ SoftmaxAttention device_core(const Case& c, int q_stride, const int* cu_q, const
     return a;
 }
 
-// cut: 0 as the version likes it; else so many blocks for all (versions 4 and 5), or splits of each sequence (2 and 3).
+// cut: 0 as the version likes it; else so many blocks for all (versions 4 and 5), or splits of each sequence (2 and 3). overlap: versions 4 and 5 may begin
+// before the kernel in front of them has ended.
 int64_t scratch_size(const SoftmaxAttention& a, int cut) {
     return std::max(by_host::scratch_size(a, cut), softmax_decode_scratch(a.heads, a.kv_heads, a.d_qk, a.d_v, a.num_seqs, a.max_q));
 }
-bool run_version(int version, cudaStream_t stream, const SoftmaxAttention& a, floatX* o, float* lse, Scratch scratch, int cut) {
+bool run_version(int version, cudaStream_t stream, const SoftmaxAttention& a, floatX* o, float* lse, Scratch scratch, int cut, bool overlap) {
     int64_t o_stride = (int64_t)a.heads * a.d_v;
     bool tensor_cores = version == 3 || version == 5;
     if (version == 1) return cut == 0 && softmax_decode1(stream, a, o, o_stride, lse);
@@ -710,7 +711,7 @@ bool run_version(int version, cudaStream_t stream, const SoftmaxAttention& a, fl
     if (version <= 3) {
         by_host::softmax_decode_as(stream, a, o, o_stride, lse, scratch, tensor_cores, cut);
     } else {
-        decode::softmax_decode_as(stream, a, {o, o_stride, lse}, scratch, tensor_cores, cut == 7, [&](decode::Launch& x) {
+        decode::softmax_decode_as(stream, a, {o, o_stride, lse}, scratch, tensor_cores, overlap, [&](decode::Launch& x) {
             if (cut == 0) return;
             x.blocks = cut;
             x.least = 1;
@@ -799,7 +800,7 @@ void check(Ladder& ladder, const Case& c, uint64_t seed) {
         std::string shape = format("%d sequences, up to %d queries, %d keys, NH %d KV %d d %d/%d%s window %d page %d gap %d cut %d", num_seqs, a.max_q, a.max_k,
                                    c.heads, c.kv_heads, c.d_qk, c.d_v, c.latent ? " latent" : "", c.window, c.page_size, c.gap, cut);
         ladder.check(shape, {output("o", device_o, o), output("lse", device_lse, lse)}, [&](int version) {
-            return run_version(version, ladder.stream, a, device_o, device_lse, {scratch, bytes}, cut);
+            return run_version(version, ladder.stream, a, device_o, device_lse, {scratch, bytes}, cut, cut == 7);
         });
     }
 }
@@ -839,36 +840,47 @@ void check_append(int heads, int kv_heads, int hs, int page_size, int gap) {
         data_error("check rope_append NH %d KV %d hs %d pages of %d gap %d: FAIL", heads, kv_heads, hs, page_size, gap);
 }
 
-// Sequences of one query each, pages in an order of their own.
-void time(Ladder& ladder, const char* name, const std::vector<int>& lengths, int heads, int kv_heads, int d_qk, int d_v, bool latent, int page_size = 64) {
+// Sequences of one query each, pages in an order of their own. layers > 1: as many calls one behind another, each on memory of its own, as in a step of
+// generation; the time is that of all.
+void time(Ladder& ladder, const char* name, const std::vector<int>& lengths, int heads, int kv_heads, int d_qk, int d_v, bool latent, int page_size = 64,
+          int layers = 1) {
     int B = (int)lengths.size(), longest = *std::max_element(lengths.begin(), lengths.end());
     Case c = {heads, kv_heads, d_qk, d_v, latent, 0, page_size, 0, std::vector<int>(B, 1), lengths};
     std::vector<int> first(1, 0);
     for (int n : lengths) first.push_back(first.back() + (int)ceil_div(n, page_size));
     int64_t page = (int64_t)c.page_size * c.per_token(), pages = first.back(), piece = 1 << 20;
-    DeviceArray<floatX> pool(pages * page), random(random_numbers(piece, 3)), q(random_numbers((int64_t)B * heads * d_qk, 4)), o((int64_t)B * heads * d_v);
+    DeviceArray<floatX> pool(layers * pages * page), random(random_numbers(piece, 3)), q(random_numbers((int64_t)B * heads * d_qk, 4)),
+        o((int64_t)B * heads * d_v);
     for (int64_t i = 0; i < pool.size; i += piece)
         CUDA_CHECK(cudaMemcpy(pool + i, random, std::min(piece, pool.size - i) * sizeof(floatX), cudaMemcpyDeviceToDevice));
     std::vector<int> where(pages);
     for (int64_t p = 0; p < pages; p++) where[p] = (int)p;
     for (int64_t p = pages - 1; p > 0; p--) std::swap(where[p], where[philox(5, (uint32_t)p, 0, 0, 1).word[0] % (p + 1)]);
     DeviceArray<int> tables(where);
-    std::vector<AttentionState> states(B);
-    for (int s = 0; s < B; s++) states[s] = {lengths[s] - 1, nullptr, pool, tables + first[s], page, c.page_size, c.per_token()};
+    std::vector<AttentionState> states;
+    for (int l = 0; l < layers; l++)
+        for (int s = 0; s < B; s++) states.push_back({lengths[s] - 1, nullptr, pool + l * pages * page, tables + first[s], page, c.page_size, c.per_token()});
     DeviceArray<AttentionState> device_states(states);
     DeviceArray<int> cu_q(offsets(c.q_len)), cu_k(offsets(c.k_len));
     SoftmaxAttention a = device_core(c, heads * d_qk, cu_q, cu_k, q, device_states, {pool, pages, page, c.per_token(), c.page_size});
     int64_t bytes = scratch_size(a, 0);
     DeviceArray<char> scratch(bytes);
     double keys = 0;
-    for (int n : lengths) keys += n;
-    Work work = {2 * keys * heads * (d_qk + d_v), (keys * c.per_token() + (double)B * heads * (d_qk + d_v)) * sizeof(floatX)};
+    for (int n : lengths) keys += (double)layers * n;
+    Work work = {2 * keys * heads * (d_qk + d_v), (keys * c.per_token() + (double)layers * B * heads * (d_qk + d_v)) * sizeof(floatX)};
     std::string shape = format("%s: B %d, %d keys, NH %d d %d/%d", name, B, longest, heads, d_qk, d_v);
     if (kv_heads != heads && !latent) shape += format(" KV %d", kv_heads);
+    if (layers > 1) shape += format(", %d layers", layers);
     if (page_size != 64) shape += format(", pages of %d", page_size);
     ladder.time(shape, work, [&](int version) {
         if ((version == 1 && keys * heads > 1e7) || (version == 4 && heads > 8 * kv_heads)) return false;
-        return run_version(version, ladder.stream, a, o, nullptr, {scratch, bytes}, 0);
+        bool runs = true;
+        for (int l = 0; l < layers; l++) {
+            a.states = device_states + l * B;
+            a.pages.rows = pool + l * pages * page;
+            runs = run_version(version, ladder.stream, a, o, nullptr, {scratch, bytes}, 0, layers > 1) && runs;
+        }
+        return runs;
     });
 }
 
@@ -913,6 +925,14 @@ int main(int argc, char** argv) {
     check(ladder, {12, 12, 64, 64, false, 0, 64, 0, {1}, {3000}}, 32);  // one sequence, many pieces
     check(ladder, {13, 13, 64, 64, false, 0, 64, 0, {1, 1}, {500, 100}}, 33);
     check(ladder, {10, 5, 128, 128, false, 0, 16, 0, {1, 1, 1}, {500, 100, 1000}}, 34);  // five heads, two rows each
+    for (int heads : {1, 3, 12, 13, 16, 128}) {
+        std::vector<int> queries = {1, 1, 2, 1}, keys = {1, 130, 65, 0};
+        check(ladder, {heads, heads, 64, 64, false, 0, 64, 0, queries, keys}, 400 + heads);
+        check(ladder, {heads, heads, 96, 64, false, 0, 16, 0, queries, keys}, 410 + heads);
+        check(ladder, {heads, 1, 128, 128, false, 0, 16, 0, queries, keys}, 420 + heads);
+        for (int d_c : {256, 512})
+            for (int d_rope : {0, 32, 64}) check(ladder, {heads, 1, d_c + d_rope, d_c, true, 0, 64, 0, queries, keys}, 430 + heads + d_c + d_rope);
+    }
     for (bool latent : {false, true}) {
         Case hot = {6, latent ? 1 : 3, 64, 64, latent, 0, 16, 0, {1, 2, 1}, {1, 200, 500}}, far = hot;
         hot.q_scale = 100;
@@ -947,6 +967,7 @@ int main(int argc, char** argv) {
     time(ladder, "causal", same(64, 4096), 12, 12, 64, 64, false);
     time(ladder, "causal", same(1, 1024), 12, 12, 64, 64, false);
     time(ladder, "causal", same(1, 32768), 12, 12, 64, 64, false);
+    time(ladder, "causal", same(1, 32768), 12, 12, 64, 64, false, 64, 12);
     time(ladder, "causal", same(256, 1024), 12, 12, 64, 64, false);
     time(ladder, "causal", same(16, 65536), 12, 12, 64, 64, false);
     time(ladder, "causal, unequal", unequal(64), 12, 12, 64, 64, false);

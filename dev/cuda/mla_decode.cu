@@ -66,12 +66,12 @@ SoftmaxAttention device_core(const Case& c, const int* cu_q, const int* cu_k, co
     return a;
 }
 
-// blocks > 0: the work is dealt out to so many at most.
-bool run_version(int version, cudaStream_t stream, const SoftmaxAttention& a, floatX* o, float* lse, Scratch scratch, int blocks) {
+// blocks > 0: the work is dealt out to so many at most. overlap: the kernel may begin before the one in front of it has ended.
+bool run_version(int version, cudaStream_t stream, const SoftmaxAttention& a, floatX* o, float* lse, Scratch scratch, int blocks, bool overlap) {
     int64_t o_stride = (int64_t)a.heads * a.d_v;
     if (version <= 2) {
         if (version == 2 && !decode::tensor_cores_can(a)) return false;
-        decode::softmax_decode_as(stream, a, {o, o_stride, lse}, scratch, version == 2, false, [&](decode::Launch& x) {
+        decode::softmax_decode_as(stream, a, {o, o_stride, lse}, scratch, version == 2, overlap, [&](decode::Launch& x) {
             if (blocks == 0) return;
             x.blocks = blocks;
             x.least = 1;
@@ -82,7 +82,7 @@ bool run_version(int version, cudaStream_t stream, const SoftmaxAttention& a, fl
     return false;
 #else
     if (!decode::hopper_decode_can(a)) return false;
-    decode::hopper_decode(stream, a, o, o_stride, lse, scratch, blocks);
+    decode::hopper_decode(stream, a, o, o_stride, lse, scratch, overlap, blocks);
     return true;
 #endif
 }
@@ -162,33 +162,43 @@ void check(Ladder& ladder, const char* name, const Case& c, uint64_t seed) {
         DeviceArray<char> scratch(bytes);
         std::string shape = format("%s: %d sequences, NH %d d %d+%d, pages of %d, %d blocks", name, num_seqs, c.heads, c.d_c, c.d_rope, c.page_size, blocks);
         ladder.check(shape, {output("o", device_o, o), output("lse", device_lse, lse)}, [&](int version) {
-            return run_version(version, ladder.stream, a, device_o, device_lse, {scratch, bytes}, blocks);
+            return run_version(version, ladder.stream, a, device_o, device_lse, {scratch, bytes}, blocks, blocks == 3);
         });
     }
     CUDA_CHECK(cudaFree(all_pages));
 }
 
-// B sequences of `length` tokens, one query each, pages of 64 tokens in an order of their own, all in `pool`.
-void time(Ladder& ladder, DeviceArray<floatX>& pool, int B, int length, int heads, int d_c, int d_rope) {
+// B sequences of `length` tokens, one query each, pages of 64 tokens in an order of their own, all in `pool`. layers > 1: as many calls one behind another,
+// each on memory of its own, as in a step of generation; the time is that of all.
+void time(Ladder& ladder, DeviceArray<floatX>& pool, int B, int length, int heads, int d_c, int d_rope, int layers = 1) {
     Case c = {heads, d_c, d_rope, 64, std::vector<int>(B, 1), std::vector<int>(B, length)};
     const int64_t page = (int64_t)c.page_size * c.width(), table = ceil_div(length, c.page_size), pages = B * table;
-    if (pages * page > pool.size) return;
+    if (layers * pages * page > pool.size) return;
     std::vector<int> where(pages);
     for (int64_t p = 0; p < pages; p++) where[p] = (int)p;
     for (int64_t p = pages - 1; p > 0; p--) std::swap(where[p], where[philox(5, (uint32_t)p, 0, 0, 1).word[0] % (p + 1)]);
     DeviceArray<int> tables(where), cu_q(offsets(c.q_len)), cu_k(offsets(c.k_len));
-    std::vector<AttentionState> states(B);
-    for (int s = 0; s < B; s++) states[s] = {length - 1, nullptr, pool, tables + s * table, page, c.page_size, c.width()};
+    std::vector<AttentionState> states;
+    for (int l = 0; l < layers; l++)
+        for (int s = 0; s < B; s++) states.push_back({length - 1, nullptr, pool + l * pages * page, tables + s * table, page, c.page_size, c.width()});
     DeviceArray<AttentionState> device_states(states);
     DeviceArray<floatX> q(random_numbers((int64_t)B * heads * c.width(), 4)), o((int64_t)B * heads * d_c);
     SoftmaxAttention a = device_core(c, cu_q, cu_k, q, device_states, {pool, pages, page, c.width(), c.page_size});
     int64_t bytes = scratch_bytes_of(c, 1);
     DeviceArray<char> scratch(bytes);
-    double keys = (double)B * length;
-    Work work = {2 * keys * heads * (c.width() + d_c), (keys * c.width() + (double)B * heads * (c.width() + d_c)) * sizeof(floatX)};
-    ladder.time(format("NH %d d %d+%d, B %d, %d keys", heads, d_c, d_rope, B, length), work, [&](int version) {
+    double keys = (double)layers * B * length;
+    Work work = {2 * keys * heads * (c.width() + d_c), (keys * c.width() + (double)layers * B * heads * (c.width() + d_c)) * sizeof(floatX)};
+    std::string shape = format("NH %d d %d+%d, B %d, %d keys", heads, d_c, d_rope, B, length);
+    if (layers > 1) shape += format(", %d layers", layers);
+    ladder.time(shape, work, [&](int version) {
         if (work.flops > (version == 1 ? 1e12 : version == 2 ? 4e12 : 1e15)) return false;
-        return run_version(version, ladder.stream, a, o, nullptr, {scratch, bytes}, 0);
+        bool runs = true;
+        for (int l = 0; l < layers; l++) {
+            a.states = device_states + l * B;
+            a.pages.rows = pool + l * pages * page;
+            runs = run_version(version, ladder.stream, a, o, nullptr, {scratch, bytes}, 0, layers > 1) && runs;
+        }
+        return runs;
     });
 }
 
@@ -217,6 +227,11 @@ int main(int argc, char** argv) {
     check(ladder, "one key far away", {1, 512, 64, 64, {1, 1}, {1000, 3}, 0, 1, true}, 20);
     check(ladder, "one key far away", {16, 256, 32, 64, {1, 1}, {1000, 3}, 0, 1, true}, 21);
     check(ladder, "beyond 2^31 numbers", {16, 512, 64, 64, {1, 1}, {1000, 300}, 0, 1, false, 69000}, 22);
+    // All numbers of heads at all sizes.
+    for (int heads : {1, 3, 12, 13, 16, 128})
+        for (int d_c : {128, 256, 512})
+            for (int d_rope : {0, 32, 64})
+                check(ladder, "heads", {heads, d_c, d_rope, d_rope == 32 ? 16 : 64, {1, 1, 2, 1}, {1, 130, 65, 0}}, 100 + heads + d_c + d_rope);
     if (getenv("MLA_CHECK_ONLY")) return ladder.finish();
     {
         constexpr int64_t piece = 1 << 20;
@@ -226,6 +241,7 @@ int main(int argc, char** argv) {
         for (int heads : {16, 128})
             for (int B : {64, 256, 768})
                 for (int length : {1024, 4096, 32768}) time(ladder, pool, B, length, heads, 512, 64);
+        for (int heads : {16, 128}) time(ladder, pool, 64, 1024, heads, 512, 64, 12);
         time(ladder, pool, 64, 4096, 12, 256, 32);
         time(ladder, pool, 256, 4096, 12, 256, 32);
         time(ladder, pool, 1, 32768, 16, 512, 64);

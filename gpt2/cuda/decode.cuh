@@ -46,8 +46,9 @@ struct Row {
 __device__ inline Row find_row(const SoftmaxAttention& a, const Schedule& p, const Item& x, int kv, int r) {
     int at = x.first_row + min(r, x.rows - 1);
     Row row;
-    row.query = p.q0 + at / p.group;
-    row.head = (x.kv0 + kv) * p.group + at % p.group;
+    const int query = p.by_group(at);
+    row.query = p.q0 + query;
+    row.head = (x.kv0 + kv) * p.group + at - query * p.group;
     int position = a.position(x.seq, row.query);
     row.lo = max(x.begin, a.window > 0 ? position - a.window + 1 : 0);
     row.hi = r < x.rows ? min(x.end, position + 1) : 0;
@@ -87,9 +88,12 @@ __device__ inline void merge_pieces(const SoftmaxAttention& a, const Schedule& p
     for (int i = 0; i < 2; i++) {
         if (!pieces.has[i]) continue;
         const Item& x = pieces.item[i];
-        merge(
+        merge<1>(
             p, x, p.share, threadIdx.x, blockDim.x, shared, [] { __syncthreads(); },
-            [&](int row, int column, const float(&o)[4], float lse) { write_result(a, to, x, find_row(a, p, x, row / p.rows, row % p.rows), column, o, lse); });
+            [&](int row, int column, const float(&o)[4], float m, float l) {
+                const int kv = p.by_rows(row);
+                write_result(a, to, x, find_row(a, p, x, kv, row - kv * p.rows), column, o, column == 0 && to.lse ? lse_of(m, l) : 0);
+            });
     }
 }
 
@@ -175,6 +179,7 @@ __global__ void __launch_bounds__(32 * Shape4<LANES, CHUNKS, R>::WARPS, Shape4<L
     extern __shared__ int4 decode_ring[];
     __shared__ WalkShared walk_shared;
     __shared__ Pieces pieces;
+    ask_for_work(a);
     if (threadIdx.x < 2) pieces.has[threadIdx.x] = false;
     __syncthreads();
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, column = lane % LANES * V, side = lane / LANES;
@@ -219,7 +224,7 @@ __global__ void __launch_bounds__(32 * Shape4<LANES, CHUNKS, R>::WARPS, Shape4<L
         look_up(0);
         bool early = !waited && all_old(a.states[x.seq], x, (STAGES - 1) * p.tile);
         if (!waited && !early) wait_for_kernel_before();
-#pragma unroll
+#pragma unroll 1
         for (int i = 0; i < STAGES - 1; i++) copy(i, i);
         if (early) wait_for_kernel_before();
         waited = true;
@@ -336,18 +341,29 @@ __global__ void __launch_bounds__(32 * Shape4<LANES, CHUNKS, R>::WARPS, Shape4<L
             }
             __syncthreads();
             if (part == 0 && side == 0) {
-                for (int other = 1; other < parts; other++)
 #pragma unroll
-                    for (int r = 0; r < R; r++) {
-                        const float* its = (const float*)(decode_ring + (other * p.kv_heads + warp) * STAGES * STAGE) + r * WIDTH;
-                        float its_m = its[CHUNKS * COLUMNS], top = fmaxf(m[r], its_m), f = rescale(m[r], top), g = rescale(its_m, top);
-                        m[r] = top;
-                        l[r] = f * l[r] + g * its[CHUNKS * COLUMNS + 1];
+                for (int r = 0; r < R; r++) {
+                    auto its = [&](int other) { return (const float*)(decode_ring + (other * p.kv_heads + warp) * STAGES * STAGE) + r * WIDTH; };
+                    float top = m[r];
+                    for (int other = 1; other < parts; other++) top = fmaxf(top, its(other)[CHUNKS * COLUMNS]);
+                    float f = rescale(m[r], top);
+                    m[r] = top;
+                    l[r] *= f;
+#pragma unroll
+                    for (int c = 0; c < CHUNKS; c++)
+#pragma unroll
+                        for (int e = 0; e < V; e++) o[r][c][e] *= f;
+#pragma unroll 4
+                    for (int other = 1; other < parts; other++) {
+                        const float* x = its(other);
+                        float g = rescale(x[CHUNKS * COLUMNS], top);
+                        l[r] += g * x[CHUNKS * COLUMNS + 1];
 #pragma unroll
                         for (int c = 0; c < CHUNKS; c++)
 #pragma unroll
-                            for (int e = 0; e < V; e++) o[r][c][e] = f * o[r][c][e] + g * its[c * COLUMNS + column + e];
+                            for (int e = 0; e < V; e++) o[r][c][e] += g * x[c * COLUMNS + column + e];
                     }
+                }
             }
             __syncthreads();
         }
@@ -438,6 +454,7 @@ __global__ void __launch_bounds__(Shape5<M>::THREADS, BLOCKS5<M, PIECES>) softma
     extern __shared__ int4 decode_shared[];
     __shared__ WalkShared walk_shared;
     __shared__ Pieces pieces;
+    ask_for_work(a);
     if (threadIdx.x < 2) pieces.has[threadIdx.x] = false;
     __syncthreads();
     const int k_row = key_stride5(a.d_qk), v_row = latent ? k_row : value_stride5(a.d_v), width = k_row - 8;
@@ -802,7 +819,7 @@ inline void softmax_decode(cudaStream_t stream, const SoftmaxAttention& a, float
     using namespace decode;
 #ifndef GPU_FLOAT32
     if (hopper_decode_can(a)) {
-        hopper_decode(stream, a, o, o_stride, lse, scratch);
+        hopper_decode(stream, a, o, o_stride, lse, scratch, overlap);
         return;
     }
 #endif

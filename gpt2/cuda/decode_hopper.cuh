@@ -30,6 +30,7 @@
 
 #include "decode_schedule.cuh"
 #include "hopper.cuh"
+#include "overlap.cuh"
 
 #ifndef GPU_FLOAT32
 
@@ -42,7 +43,7 @@ template <int DC_, int CTAS_>
 struct LatentShape {
     static constexpr int DC = DC_, CTAS = CTAS_, KEYS = 64, ROWS = 64, COMPUTING = 256, THREADS = COMPUTING + 128;
     static constexpr int LATENT_PANELS = DC / 64, HALF_PANELS = LATENT_PANELS / 2, PANELS = LATENT_PANELS + 1, PANEL = KEYS * 128;  // bytes
-    static constexpr int TILE_BYTES = PANELS * PANEL, STAGES = DC <= 256 ? 4 : 2, Q_ROWS = 16;                                      // rows of q a copy
+    static constexpr int TILE_BYTES = PANELS * PANEL, STAGES = DC <= 256 ? 4 : 2, Q_ROWS = 16;  // rows of q a copy, at most 4 of them
     static_assert(DC % 128 == 0 && DC <= 512, "each half whole panels, and of at most 256 columns");
 };
 
@@ -56,7 +57,7 @@ struct LatentItem {
 // Behind the panels in shared memory.
 template <class Shape>
 struct LatentShared {
-    uint64_t full[Shape::STAGES][Shape::PANELS], empty[Shape::STAGES][2], weights[Shape::STAGES], q_full, q_empty;
+    uint64_t full[Shape::STAGES][Shape::PANELS], empty[Shape::STAGES][2], weights[Shape::STAGES], q_full[Shape::PANELS], q_empty;
     LatentItem items[2];
     float factor[Shape::STAGES][64];  // what O and l are to be multiplied with before the stage's weights are used
     float shift[64];                  // of a row's scores, in powers of 2; NaN: it has seen no key
@@ -81,16 +82,17 @@ struct LatentLayout {
     __device__ uint32_t full(int stage, int panel) const { return shared_address(&more.full[stage][panel]); }
     __device__ uint32_t empty(int stage, int half) const { return shared_address(&more.empty[stage][half]); }
     __device__ uint32_t weights(int stage) const { return shared_address(&more.weights[stage]); }
-    __device__ uint32_t q_full() const { return shared_address(&more.q_full); }
+    __device__ uint32_t q_full(int panel) const { return shared_address(&more.q_full[panel]); }
     __device__ uint32_t q_empty() const { return shared_address(&more.q_empty); }
 
     __device__ void init_barriers() const {
+#pragma unroll 1
         for (int stage = 0; stage < Shape::STAGES; stage++) {
             for (int p = 0; p < Shape::PANELS; p++) barrier_init(full(stage, p), 1);
             for (int half = 0; half < 2; half++) barrier_init(empty(stage, half), 4 * Shape::CTAS);  // warpgroup `half`'s warps
             barrier_init(weights(stage), 4);                                                         // the owner's warps
         }
-        barrier_init(q_full(), 1);
+        for (int p = 0; p < Shape::PANELS; p++) barrier_init(q_full(p), 1);
         barrier_init(q_empty(), Shape::COMPUTING / 32);
         barrier_init_fence();
     }
@@ -106,54 +108,80 @@ struct LatentTile {
 __device__ __forceinline__ int first_tile(const Item& x) { return x.begin / 64; }
 __device__ __forceinline__ int count_tiles(const Item& x) { return x.end > x.begin ? (x.end + 63) / 64 - first_tile(x) : 0; }
 
+// Asks the cache for a box.
+__device__ __forceinline__ void bulk_prefetch(const CUtensorMap* map, int c0, int c1) {
+    HOPPER_ONLY(asm volatile("cp.async.bulk.prefetch.tensor.2d.L2.global.tile [%0, {%1,%2}];" ::"l"(map), "r"(c0), "r"(c1) : "memory");)
+}
+
+// cluster_barrier() in two halves.
+__device__ __forceinline__ void cluster_arrive() { HOPPER_ONLY(asm volatile("barrier.cluster.arrive.release;" ::: "memory");) }
+__device__ __forceinline__ void cluster_wait() { HOPPER_ONLY(asm volatile("barrier.cluster.wait.acquire;" ::: "memory");) }
+
 // ---- the warps that copy ------------------------------------------------------------------------------------------------------------------------------
 
-// One warp announces the items and fetches their queries.
+// One warp announces the items, with the first panel of their queries, and fetches these: asked for while the item before is worked on, they come from the
+// cache when there is room. Without keys they are not needed.
 template <class Shape>
 __device__ __forceinline__ void copy_queries(const SoftmaxAttention& a, const Schedule& p, const CUtensorMap& q_map, Walk& walk,
                                              const LatentLayout<Shape>& at) {
-    const bool leader = threadIdx.x % 32 == 0;
+    const int lane = threadIdx.x % 32;
     int k = 0;
     for (Item x; walk.next(x); k++) {
         LatentItem item = {x, a.position(x.seq, p.q0), a.cu_q[x.seq] + p.q0, a.k_len(x.seq)};
-        const int row = item.q_row * a.heads + x.first_row, copies = (x.rows + Shape::Q_ROWS - 1) / Shape::Q_ROWS;
-        if (!leader) continue;
+        const int row = item.q_row * a.heads + x.first_row, copies = count_tiles(x) > 0 ? (x.rows + Shape::Q_ROWS - 1) / Shape::Q_ROWS : 0;
+        if (k == 0)
+            wait_for_kernel_before();
+        else
+            for (int c = lane / 4; lane % 4 < copies && c < Shape::PANELS; c += 8) bulk_prefetch(&q_map, c * 64, row + lane % 4 * Shape::Q_ROWS);
         barrier_wait(at.q_empty(), k & 1 ^ 1);
-        at.more.items[k % 2] = item;
-        barrier_arrive_expect(at.q_full(), Shape::PANELS * copies * Shape::Q_ROWS * 128);
-        for (int c = 0; c < Shape::PANELS; c++)
-            for (int i = 0; i < copies; i++) bulk_load(at.q(c) + i * Shape::Q_ROWS * 128, &q_map, at.q_full(), c * 64, row + i * Shape::Q_ROWS);
+        if (lane == 0) at.more.items[k % 2] = item;
+        __syncwarp();
+        if (lane < Shape::PANELS) barrier_arrive_expect(at.q_full(lane), copies * Shape::Q_ROWS * 128);
+#pragma unroll 1
+        for (int c = lane / 4; lane % 4 < copies && c < Shape::PANELS; c += 8) {
+            const int r = lane % 4 * Shape::Q_ROWS;
+            bulk_load(at.q(c) + r * 128, &q_map, at.q_full(c), c * 64, row + r);
+        }
+        __syncwarp();
     }
-    if (!leader) return;
+    if (k == 0) wait_for_kernel_before();
     barrier_wait(at.q_empty(), k & 1 ^ 1);
+    if (lane != 0) return;
     at.more.items[k % 2].piece.seq = -1;
-    barrier_arrive(at.q_full());
+    barrier_arrive(at.q_full(0));
 }
 
 // The other the latents, as far ahead as there is room.
 template <class Shape>
-__device__ __forceinline__ void copy_latents(const SoftmaxAttention& a, const CUtensorMap& k_map, Walk& walk, const LatentLayout<Shape>& at) {
-    const int lane = threadIdx.x % 32, page_size = a.pages.page_size, box = min(page_size, 64), boxes = 64 / box;  // of a tile
+__device__ __forceinline__ void copy_latents(const SoftmaxAttention& a, const Schedule& p, const CUtensorMap& k_map, Walk& walk,
+                                             const LatentLayout<Shape>& at) {
+    const int lane = threadIdx.x % 32, page_size = a.pages.page_size, box = min(page_size, 64), boxes = 64 >> (31 - __clz(box));  // of a tile; powers of 2
     const int rank = Shape::CTAS > 1 ? cluster_rank() : 0;
     int done = 0;
+    bool waited = false;
     for (Item x; walk.next(x);) {
         const int n = count_tiles(x);
         const int* table = a.states[x.seq].page_table;
+        const int64_t old = a.states[x.seq].length;
         // Lane l fetches the boxes l and l+32. A box without any key that is needed is another's once more, in memory that is surely there.
         auto find = [&](int tile, int(&page)[2], int(&slot)[2]) {
 #pragma unroll
             for (int i = 0; i < 2; i++) {
-                int b = lane + 32 * i;
+                const int b = lane + 32 * i;
                 if (b >= boxes) continue;
-                int j = min(max((first_tile(x) + tile) * 64 + b * box, x.begin / box * box), (x.end - 1) / box * box);
-                page[i] = table[j / page_size];
-                slot[i] = j % page_size;
+                const int j = min(max((first_tile(x) + tile) * 64 + b * box, x.begin & -box), (x.end - 1) & -box), entry = p.by_page(j);
+                page[i] = table[entry];
+                slot[i] = j - entry * page_size;
             }
         };
         int page[2], slot[2];
         if (n > 0) find(0, page, slot);
         for (int tile = 0; tile < n; tile++, done++) {
             const LatentTile<Shape> to(done);
+            if (!waited && (first_tile(x) + tile + 1) * 64 > old) {  // rows that the kernel before may have written
+                wait_for_kernel_before();
+                waited = true;
+            }
             int next_page[2], next_slot[2];
             if (tile + 1 < n) find(tile + 1, next_page, next_slot);
             // Bytes may come before they are expected: the phase cannot end before that.
@@ -225,12 +253,13 @@ struct LatentConsumer {
     }
 
     // S = Q·Kᵀ, this warpgroup's half of the columns first: they came first.
-    __device__ __forceinline__ void multiply_qk(const LatentTile<Shape>& tile) {
+    __device__ __forceinline__ void multiply_qk(const LatentTile<Shape>& tile, bool first, int q_parity) {
         constexpr int step = Shape::PANEL / 16;
         const uint64_t q = panel_operand(at.local(at.q(0))), k = panel_operand(at.local(at.k(tile.stage, 0)));
 #pragma unroll
         for (int c = 0; c < Shape::PANELS; c++) {
             const int panel = c < Shape::HALF_PANELS ? c + group * Shape::HALF_PANELS : c < Shape::LATENT_PANELS ? c - group * Shape::HALF_PANELS : c;
+            if (first) barrier_wait(at.q_full(panel), q_parity);
             barrier_wait(at.full(tile.stage, panel), tile.parity);
             products_begin();
 #pragma unroll
@@ -368,21 +397,32 @@ struct LatentConsumer {
 #pragma unroll
         for (int half = 0; half < 2; half++) {
             valid[half] = row + 8 * half < x.rows;
-            int position = item.position + (x.first_row + min(row + 8 * half, x.rows - 1)) / p.group;
+            int position = item.position + p.by_group(x.first_row + min(row + 8 * half, x.rows - 1));
             hi[half] = min(position + 1, item.k_len);
             lo[half] = a.window > 0 ? max(0, position - a.window + 1) : 0;
         }
-        all_hi = min(item.position + x.first_row / p.group + 1, item.k_len);
-        all_lo = a.window > 0 ? max(0, item.position + (x.first_row + x.rows - 1) / p.group - a.window + 1) : 0;
+        all_hi = min(item.position + p.by_group(x.first_row) + 1, item.k_len);
+        all_lo = a.window > 0 ? max(0, item.position + p.by_group(x.first_row + x.rows - 1) - a.window + 1) : 0;
     }
 
     __device__ __forceinline__ floatX* o_of(const LatentItem& item, int r, floatX* o, int64_t o_stride) const {
-        const int at_row = item.piece.first_row + r;
-        return o + (item.q_row + at_row / p.group) * o_stride + (int64_t)(at_row % p.group) * a.d_v;
+        const int at_row = item.piece.first_row + r, query = p.by_group(at_row);
+        return o + (item.q_row + query) * o_stride + (int64_t)(at_row - query * p.group) * a.d_v;
     }
     __device__ __forceinline__ void write_lse(const LatentItem& item, int r, float* to, float lse) const {
-        const int at_row = item.piece.first_row + r;
-        if (to) to[at_row % p.group * a.q_rows + item.q_row + at_row / p.group] = lse;
+        const int at_row = item.piece.first_row + r, query = p.by_group(at_row);
+        to[(at_row - query * p.group) * a.q_rows + item.q_row + query] = lse;
+    }
+
+    // Of two lanes `step` apart, a and b the two rows of a 2×2 matrix: its transpose.
+    template <class T>
+    __device__ __forceinline__ void exchange(T& a, T& b, int step) const {
+        const bool upper = lane & step;
+        T other = __shfl_xor_sync(0xffffffff, upper ? a : b, step);
+        if (upper)
+            a = other;
+        else
+            b = other;
     }
 
     // The item's result: of a whole list to where it belongs, of a piece to its slot.
@@ -396,22 +436,34 @@ struct LatentConsumer {
             if (lane % 4 == 0) sums[group][row + 8 * half] = l[half];
         }
         meet();
+        // The four lanes of a row exchange what they have, so that each writes 16 bytes.
+        const int quarter = lane % 4;
 #pragma unroll
         for (int half = 0; half < 2; half++) {
-            const int r = row + 8 * half, c = group * COLUMNS + lane % 4 * 2;
+            const int r = row + 8 * half;
             const float sum = sums[0][r] + sums[1][r];
-            if (!valid[half]) continue;
+            if (!__any_sync(0xffffffff, valid[half])) continue;
             if (x.whole) {
-                floatX* out = o_of(item, r, o, o_stride) + c;
-                const float factor = sum > 0 ? 1 / sum : 0;
+                const float factor = sum > 0 ? __fdividef(1, sum) : 0;
+                floatX* out = o_of(item, r, o, o_stride) + group * COLUMNS + quarter * 8;
 #pragma unroll
-                for (int i = 0; i < COLUMNS / 8; i++) *(uint32_t*)(out + 8 * i) = pack_bf16(acc[4 * i + 2 * half] * factor, acc[4 * i + 2 * half + 1] * factor);
-                if (group == 0 && lane % 4 == 0) write_lse(item, r, lse, sum > 0 ? (shift[half] + __log2f(sum)) * (1 / LOG2E) : -INFINITY);
+                for (int i = 0; i < COLUMNS / 8; i += 4) {
+                    uint32_t y[4];  // of the columns 8·(i + j) + 2·quarter; then 8·(i + quarter) + 2·j
+#pragma unroll
+                    for (int j = 0; j < 4; j++) y[j] = pack_bf16(acc[4 * (i + j) + 2 * half] * factor, acc[4 * (i + j) + 2 * half + 1] * factor);
+#pragma unroll
+                    for (int j = 0; j < 2; j++) exchange(y[j], y[j + 2], 2);
+#pragma unroll
+                    for (int j = 0; j < 4; j += 2) exchange(y[j], y[j + 1], 1);
+                    if (valid[half]) *(uint4*)(out + 8 * i) = {y[0], y[1], y[2], y[3]};
+                }
+                if (lse && valid[half] && group == 0 && quarter == 0) write_lse(item, r, lse, lse_of(shift[half], sum));
             } else {
-                float* out = p.slot_o(x.slot, r) + c;
+                if (!valid[half]) continue;
+                float* out = p.slot_o(x.slot, r) + group * COLUMNS + quarter * 2;
 #pragma unroll
                 for (int i = 0; i < COLUMNS / 8; i++) *(float2*)(out + 8 * i) = {acc[4 * i + 2 * half], acc[4 * i + 2 * half + 1]};
-                if (group == 0 && lane % 4 == 0) {
+                if (group == 0 && quarter == 0) {
                     p.slot_m(x.slot)[r] = shift[half];
                     p.slot_l(x.slot)[r] = sum;
                 }
@@ -423,11 +475,11 @@ struct LatentConsumer {
     }
 
     __device__ __forceinline__ void merge_pieces(const LatentItem& item, floatX* o, int64_t o_stride, float* lse) {
-        auto write = [&](int r, int c, const float(&y)[4], float lse_of_row) {
+        auto write = [&](int r, int c, const float(&y)[4], float m, float sum) {
             *(uint2*)(o_of(item, r, o, o_stride) + c) = {pack_bf16(y[0], y[1]), pack_bf16(y[2], y[3])};
-            if (c == 0) write_lse(item, r, lse, lse_of_row);
+            if (c == 0 && lse) write_lse(item, r, lse, lse_of(m, sum));
         };
-        merge(
+        merge<4>(
             p, item.piece, true, threadIdx.x, Shape::COMPUTING, at.numbers, [this] { meet(); }, write);
     }
 
@@ -435,7 +487,7 @@ struct LatentConsumer {
         int done = 0;
         bool pieces[2] = {false, false};
         for (int k = 0;; k++) {
-            barrier_wait(at.q_full(), k & 1);
+            barrier_wait(at.q_full(0), k & 1);
             const LatentItem& item = at.more.items[k % 2];
             const Item& x = item.piece;
             if (x.seq < 0) break;
@@ -450,7 +502,7 @@ struct LatentConsumer {
                 const LatentTile<Shape> tile(done + i), before(done + i - 1);
                 const int j0 = first_key + i * KEYS;
                 if (i > 0) follow(before);
-                multiply_qk(tile);
+                multiply_qk(tile, i == group, k & 1);
                 if (i > 0) {
                     products_wait<1>();
                     products_done(acc);
@@ -478,8 +530,9 @@ struct LatentConsumer {
             if (!x.whole) (x.slot % 2 ? pieces[1] : pieces[0]) = true;
         }
         meet();
-        if (pieces[0]) merge_pieces(at.more.pieces[0], o, o_stride, lse);
-        if (pieces[1]) merge_pieces(at.more.pieces[1], o, o_stride, lse);
+#pragma unroll 1
+        for (int i = 0; i < 2; i++)
+            if (i == 0 ? pieces[0] : pieces[1]) merge_pieces(at.more.pieces[i], o, o_stride, lse);
     }
 };
 
@@ -491,20 +544,23 @@ __global__ void __launch_bounds__(Shape::THREADS, 1)
     extern __shared__ __align__(1024) char latent_panels[];
     const LatentLayout<Shape> at = {shared_address(latent_panels), (float*)latent_panels,
                                     *(LatentShared<Shape>*)(latent_panels + (Shape::STAGES + 1) * Shape::TILE_BYTES)};
-    if (threadIdx.x == 0) at.init_barriers();
+    let_next_kernel_start();
+    ask_for_work(a);
+    if (threadIdx.x == Shape::THREADS - 1) at.init_barriers();
+    if (Shape::CTAS > 1) cluster_arrive();
     if (threadIdx.x >= Shape::COMPUTING) {
         asm volatile("prefetch.tensormap [%0];" ::"l"(&q_map) : "memory");
         asm volatile("prefetch.tensormap [%0];" ::"l"(&k_map) : "memory");
     }
     Walk walk(a, p, at.more.walk);
     if (Shape::CTAS > 1)
-        cluster_barrier();
+        cluster_wait();
     else
         __syncthreads();
     if (threadIdx.x >= Shape::COMPUTING) {
         fewer_registers<56>();
         const int warp = threadIdx.x / 32 - Shape::COMPUTING / 32;
-        if (warp == 0) copy_latents(a, k_map, walk, at);
+        if (warp == 0) copy_latents(a, p, k_map, walk, at);
         if (warp == 1) copy_queries(a, p, q_map, walk, at);
     } else {
         more_registers<224>();
@@ -534,20 +590,10 @@ inline int64_t hopper_decode_scratch(int heads, int kv_heads, int d_qk, int d_v,
 }
 
 template <class Shape>
-inline void launch_latent(cudaStream_t stream, const SoftmaxAttention& a, floatX* o, int64_t o_stride, float* lse, Scratch scratch, int blocks) {
+inline void launch_latent(cudaStream_t stream, const SoftmaxAttention& a, floatX* o, int64_t o_stride, float* lse, Scratch scratch, bool overlap, int blocks) {
     assert(aligned16(o) && o_stride % 8 == 0);
     constexpr int shared = latent_shared_bytes<Shape>();
     static_assert(shared <= 227 << 10, "of a block of this GPU");
-    allow_shared_memory(latent_decode_kernel<Shape>, shared);
-    cudaLaunchAttribute cluster;
-    cluster.id = cudaLaunchAttributeClusterDimension;
-    cluster.val.clusterDim = {Shape::CTAS, 1, 1};
-    cudaLaunchConfig_t launch{};
-    launch.blockDim = Shape::THREADS;
-    launch.dynamicSmemBytes = shared;
-    launch.stream = stream;
-    launch.attrs = &cluster;
-    launch.numAttrs = 1;
     if (blocks == 0) blocks = device_properties().multiProcessorCount;  // one each: blocks wait for each other's pieces, all must run at the same time
 
     // A piece of a list costs the time of some tiles. If the lists have the same length, with fewer blocks there may be no pieces, or one a block instead of
@@ -564,19 +610,19 @@ inline void launch_latent(cudaStream_t stream, const SoftmaxAttention& a, floatX
     CUtensorMap q = tensor_map<2>(a.q, {a.d_qk, a.q_rows * a.heads}, {a.d_qk}, {64, Shape::Q_ROWS});
     CUtensorMap k = tensor_map<3>(pages.rows + a.k_offset, {a.d_qk, pages.page_size, pages.pages}, {pages.per_token, pages.page_stride},
                                   {64, std::min(pages.page_size, 64), 1});
-    launch.gridDim = (unsigned)grid;
-    CUDA_CHECK(cudaLaunchKernelEx(&launch, latent_decode_kernel<Shape>, a, p, q, k, o, o_stride, lse, a.scale * LOG2E));
+    launch_overlapping(stream, overlap, Shape::CTAS, latent_decode_kernel<Shape>, grid, Shape::THREADS, shared, a, p, q, k, o, o_stride, lse, a.scale * LOG2E);
 }
 
 // softmax_decode (decode.cuh) where hopper_decode_can(). `blocks` > 0: the work is dealt out to so many at most.
-inline void hopper_decode(cudaStream_t stream, const SoftmaxAttention& a, floatX* o, int64_t o_stride, float* lse, Scratch scratch, int blocks = 0) {
+inline void hopper_decode(cudaStream_t stream, const SoftmaxAttention& a, floatX* o, int64_t o_stride, float* lse, Scratch scratch, bool overlap = false,
+                          int blocks = 0) {
     if (a.num_seqs == 0 || a.max_q == 0) return;
     // A cluster's blocks, each with every other tile of rows, must have the same keys.
     bool pairs = a.heads % (2 * LATENT_ROWS) == 0 || (a.max_q == 1 && a.heads > LATENT_ROWS && a.heads < 2 * LATENT_ROWS);
     auto launch = a.d_v == 512   ? pairs ? launch_latent<LatentShape<512, 2>> : launch_latent<LatentShape<512, 1>>
                     : a.d_v == 256 ? pairs ? launch_latent<LatentShape<256, 2>> : launch_latent<LatentShape<256, 1>>
                                    : launch_latent<LatentShape<128, 1>>;
-    launch(stream, a, o, o_stride, lse, scratch, blocks);
+    launch(stream, a, o, o_stride, lse, scratch, overlap, blocks);
 }
 
 }  // namespace decode
