@@ -27,8 +27,9 @@ int main() { return omp_get_max_threads() < 0; }' -fopenmp; then
         parses '#include <CLI/CLI.hpp>' "$(pkg-config --cflags CLI11 2>/dev/null)" || need CLI11
         parses '#include <nlohmann/json.hpp>' "$(pkg-config --cflags nlohmann_json 2>/dev/null)" || need nlohmann-json
         parses '#include <doctest/doctest.h>' "$(pkg-config --cflags doctest 2>/dev/null)" || need doctest
+        pkg-config --exists libpcre2-8 2>/dev/null || need PCRE2
     else
-        need CLI11; need nlohmann-json; need doctest
+        need CLI11; need nlohmann-json; need doctest; need PCRE2
     fi
 }
 
@@ -42,6 +43,7 @@ name() {
         apt:CLI11) echo libcli11-dev ;;      dnf:CLI11) echo cli11-devel ;;         brew:CLI11) echo cli11 ;;           conda:CLI11) echo cli11 ;;
         apt:nlohmann-json) echo nlohmann-json3-dev ;; dnf:nlohmann-json) echo json-devel ;; brew:nlohmann-json) echo nlohmann-json ;; conda:nlohmann-json) echo nlohmann_json ;;
         apt:doctest) echo doctest-dev ;;     dnf:doctest) echo doctest-devel ;;     brew:doctest) echo doctest ;;       conda:doctest) echo doctest ;;
+        apt:PCRE2) echo libpcre2-dev ;;      dnf:PCRE2) echo pcre2-devel ;;         brew:PCRE2) echo pcre2 ;;           conda:PCRE2) echo pcre2 ;;
     esac
 }
 
@@ -94,6 +96,6 @@ case "${1:-check}" in
     install)
         blas=openblas
         [ "${CBLAS:-}" = none ] && blas=
-        install "compiler pkg-config $blas CLI11 nlohmann-json doctest" ;;
+        install "compiler pkg-config $blas CLI11 nlohmann-json doctest PCRE2" ;;
     *) echo "usage: dev/deps.sh check|install" >&2; exit 2 ;;
 esac

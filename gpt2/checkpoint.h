@@ -3,6 +3,7 @@
 //     step_00001000/model.safetensors      the parameters, in float32, under the names of the parameter list
 //                   optimizer.safetensors  AdamW's moments m.NAME and v.NAME; `memory` if memories are carried
 //                   state.json             the model's shape, the tokenizer, and where the run stands
+//                   encoder.json, vocab.bpe  the vocabulary, if the tokenizer has one
 //
 // It is written as step_00001000.tmp, every file of it is taken to the disk, and only then does it get its name: a directory of that name is whole,
 // whatever kills the program. Random numbers need no state: they have addresses (philox.h), made of the seed and of the counters in state.json.
@@ -38,6 +39,12 @@ struct RunState {
     bool doc_mask = false;     // documents were kept apart
     nlohmann::json tokenizer;  // Tokenizer::identity()
     nlohmann::json model;      // model_json()
+    std::shared_ptr<const Bpe> vocabulary;  // the tokenizer's, if it has one: its files go along
+
+    void set_tokenizer(const Tokenizer& t) {
+        tokenizer = t.identity();
+        vocabulary = t.bpe;
+    }
 };
 
 // ----------------------------------------------------------------------------
@@ -135,15 +142,63 @@ inline std::string find_checkpoint(const std::string& path) {
 
 // Removes the files that a checkpoint consists of, finished or not, and the directory unless something else is in it.
 inline void remove_checkpoint(const std::string& directory) {
-    for (const char* name : {"state.json", "optimizer.safetensors", "model.safetensors"})
+    for (const char* name : {"state.json", "optimizer.safetensors", "model.safetensors", "encoder.json", "vocab.bpe"})
         for (const char* suffix : {"", ".tmp"}) unlink((directory + "/" + name + suffix).c_str());
     rmdir(directory.c_str());
 }
 
+// A directory that is there whole or not at all: its files go to PATH.tmp, which commit() gives its name. Without commit() they go again.
+struct NewDirectory {
+    std::string path, temporary;
+    std::vector<std::string> files;
+
+    explicit NewDirectory(const std::string& path) : path(path), temporary(path + ".tmp") {
+        if (exists(path)) data_error("'%s' is there already: move it away", path.c_str());
+        if (mkdir(temporary.c_str(), 0777) == 0) return;
+        if (errno != EEXIST) file_error("create", temporary, errno);
+        if (directory_entries(temporary).size() > 2)  // . and ..
+            data_error("'%s' is there already, of a program that was cut off or is still writing: remove it", temporary.c_str());
+    }
+    NewDirectory(const NewDirectory&) = delete;
+    NewDirectory& operator=(const NewDirectory&) = delete;
+    ~NewDirectory() {
+        for (const std::string& name : files) unlink((temporary + "/" + name).c_str());
+        if (!temporary.empty()) rmdir(temporary.c_str());
+    }
+    std::string file(const std::string& name) {
+        files.push_back(name);
+        return temporary + "/" + name;
+    }
+    void commit() {
+        if (rename(temporary.c_str(), path.c_str()) != 0) file_error("create", path, errno);
+        temporary.clear();
+        files.clear();
+        sync_directory_of(path);
+    }
+};
+
 // ----------------------------------------------------------------------------
 // Writing and reading
 
-inline void write_checkpoint_files(const std::string& directory, Trainer& trainer, const RunState& state) {
+inline void write_state(NewDirectory& directory, const RunState& state) {
+    nlohmann::ordered_json j = {{"step", state.step},
+                                {"tokens", state.tokens},
+                                {"micro_steps", state.micro_steps},
+                                {"batch_number", state.batch_number},
+                                {"seed", state.seed},
+                                {"data_tokens", state.data_tokens},
+                                {"seq", state.seq},
+                                {"doc_mask", state.doc_mask},
+                                {"tokenizer", state.tokenizer},
+                                {"model", state.model}};
+    if (state.vocabulary) {
+        write_file(directory.file("encoder.json"), state.vocabulary->encoder_json);
+        write_file(directory.file("vocab.bpe"), state.vocabulary->vocab_bpe);
+    }
+    write_file(directory.file("state.json"), j.dump(2) + "\n");
+}
+
+inline void write_checkpoint_files(NewDirectory& directory, Trainer& trainer, const RunState& state) {
     const std::vector<TensorSpec>& specs = trainer.parameters().specs;
     std::vector<float> buffer;  // one tensor at a time, whatever the size of the model
     auto tensors = [&](Section section, const std::string& prefix, std::vector<TensorToWrite>& list) {
@@ -160,40 +215,21 @@ inline void write_checkpoint_files(const std::string& directory, Trainer& traine
     tensors(Section::MOMENT2, "v.", optimizer);
     std::vector<float> memory = trainer.get_memory();
     if (!memory.empty()) optimizer.push_back({"memory", "F32", {(int64_t)memory.size()}, [&]() -> const void* { return memory.data(); }});
-    write_safetensors(directory + "/model.safetensors", model, {{"format", "attn.cpp"}});
-    write_safetensors(directory + "/optimizer.safetensors", optimizer, {{"format", "attn.cpp"}});
-    nlohmann::ordered_json j = {{"step", state.step},
-                                {"tokens", state.tokens},
-                                {"micro_steps", state.micro_steps},
-                                {"batch_number", state.batch_number},
-                                {"seed", state.seed},
-                                {"data_tokens", state.data_tokens},
-                                {"seq", state.seq},
-                                {"doc_mask", state.doc_mask},
-                                {"tokenizer", state.tokenizer},
-                                {"model", state.model}};
-    write_file(directory + "/state.json", j.dump(2) + "\n");
+    write_safetensors(directory.file("model.safetensors"), model, {{"format", "attn.cpp"}});
+    write_safetensors(directory.file("optimizer.safetensors"), optimizer, {{"format", "attn.cpp"}});
+    write_state(directory, state);
 }
 
 // Writes the checkpoint of state.step into `run`, or leaves nothing behind.
 inline void save_checkpoint(const std::string& run, Trainer& trainer, const RunState& state) {
-    std::string directory = step_directory(run, state.step), temporary = directory + ".tmp";
-    if (exists(directory)) data_error("'%s' is there already: move it away", directory.c_str());
-    remove_checkpoint(temporary);  // left by a run that was killed
-    if (mkdir(temporary.c_str(), 0777) != 0 && errno != EEXIST) file_error("create", temporary, errno);
-    try {
-        write_checkpoint_files(temporary, trainer, state);
-        if (rename(temporary.c_str(), directory.c_str()) != 0) file_error("create", directory, errno);
-    } catch (...) {
-        remove_checkpoint(temporary);
-        throw;
-    }
-    sync_directory_of(directory);
+    std::string path = step_directory(run, state.step);
+    remove_checkpoint(path + ".tmp");  // left by a run that was killed
+    NewDirectory directory(path);
+    write_checkpoint_files(directory, trainer, state);
+    directory.commit();
 }
 
-inline RunState read_state(const std::string& directory) {
-    std::string path = directory + "/state.json";
-    nlohmann::json j = read_json(path);
+inline RunState state_from_json(const nlohmann::json& j, const std::string& path) {
     RunState s;
     s.step = json_whole(j, "step", 0, INT32_MAX, path);
     s.tokens = json_whole(j, "tokens", 0, INT64_MAX, path);
@@ -207,6 +243,10 @@ inline RunState read_state(const std::string& directory) {
     json_string(s.tokenizer, "name", path);
     s.model = j.contains("model") ? j["model"] : nlohmann::json();
     return s;
+}
+inline RunState read_state(const std::string& directory) {
+    std::string path = directory + "/state.json";
+    return state_from_json(read_json(path), path);
 }
 
 // Reads one tensor for each entry of the parameter list. All are checked before the first is set, so that an error leaves the trainer as it was.
@@ -242,11 +282,15 @@ inline void load_optimizer(const std::string& directory, Trainer& trainer) {
     if (!memory.empty()) trainer.set_memory(memory);
 }
 
-// The tokenizer that a model was trained with.
-inline Tokenizer tokenizer_of(const RunState& state, const std::string& path) {
+// The tokenizer that a model was trained with. A vocabulary lies beside state.json (`path`), and must be the one that state.json means.
+inline Tokenizer tokenizer_of(RunState& state, const std::string& path) {
     std::string name = json_string(state.tokenizer, "name", path);
-    if (name != "bytes" && name != "ids") data_error("'%s': the tokenizer '%s' is unknown; take another checkpoint", path.c_str(), printable(name).c_str());
-    Tokenizer t = make_tokenizer(name);
-    if (t.identity() != state.tokenizer) data_error("'%s' was made with another tokenizer of the name %s; take another checkpoint", path.c_str(), name.c_str());
+    int vocab_size, end_of_text;
+    bool known = name == "bytes" || name == "bpe" || name == "ids" || parse_ids_tokenizer(name, vocab_size, end_of_text);
+    if (!known) data_error("'%s': the tokenizer '%s' is unknown; take another checkpoint", path.c_str(), printable(name).c_str());
+    Tokenizer t = make_tokenizer(name == "bpe" ? path.substr(0, path.rfind('/')) : name);
+    std::string what = t.bpe ? "vocabulary than the encoder.json and vocab.bpe beside it" : "tokenizer of the name " + name;
+    if (t.identity() != state.tokenizer) data_error("'%s' was made with another %s; take another checkpoint", path.c_str(), what.c_str());
+    state.vocabulary = t.bpe;
     return t;
 }

@@ -19,58 +19,11 @@
 #include "error.h"
 #include "files.h"
 #include "philox.h"
+#include "shards.h"
 #include "tokenizer.h"
 #include "trainer.h"
 
 // ---------------------------------------------------------------------------------------------------------------------------------------------------------
-// Token shards, llm.c's format: 256 int32 (magic, version, number of tokens), then the tokens: uint16, or uint32 in the variant for Llama 3.
-
-constexpr int32_t shard_magic_uint16 = 20240520, shard_magic_uint32 = 20240801;
-constexpr uint64_t shard_header_bytes = 1024;
-
-struct ShardHeader {
-    int width = 0;      // bytes a token
-    int64_t count = 0;  // tokens
-};
-
-inline bool is_shard(const uint8_t* bytes, size_t size) {
-    int32_t magic = size < 4 ? 0 : load<int32_t>(bytes);
-    return magic == shard_magic_uint16 || magic == shard_magic_uint32;
-}
-
-// Only the first 1024 of `size` bytes are read: a shard is never loaded as a whole.
-inline bool parse_shard(const uint8_t* bytes, size_t size, ShardHeader& out, std::string& error) {
-    out = ShardHeader();
-    if (!is_shard(bytes, size)) return refuse(error, "it does not start with the magic number of a token shard");
-    if (size < shard_header_bytes) return refuse(error, "it has " + std::to_string(size) + " bytes, less than its header of 1024: it is cut short");
-    bool wide = load<int32_t>(bytes) == shard_magic_uint32;
-    int32_t version = load<int32_t>(bytes + 4), count = load<int32_t>(bytes + 8);
-    if (version != (wide ? 7 : 1)) return refuse(error, "its version is " + std::to_string(version) + ", known is " + (wide ? "7" : "1"));
-    if (count <= 0) return refuse(error, "its header claims " + std::to_string(count) + " tokens: it is empty");
-    int width = wide ? 4 : 2;
-    uint64_t needed = shard_header_bytes + (uint64_t)count * (uint64_t)width;  // below 2^34
-    if (size != needed)
-        return refuse(error, "its header claims " + std::to_string(count) + " tokens, which make a file of " + std::to_string(needed) + " bytes; it has " +
-                                 std::to_string(size) + (size < needed ? ": it is cut short" : ""));
-    out.width = width;
-    out.count = count;
-    return true;
-}
-
-// ---------------------------------------------------------------------------------------------------------------------------------------------------------
-
-// Tokens one behind another: a file's, or a part of them.
-struct Shard {
-    std::string file;
-    std::shared_ptr<const void> owner;  // the mapping, or the memory
-    const uint8_t* data = nullptr;
-    int width = 2;
-    int64_t count = 0;
-    int64_t file_position = 0;  // number of the first token within the file, for messages
-    int64_t start = 0;          // ... within the dataset
-
-    int64_t operator[](int64_t i) const { return width == 2 ? load<uint16_t>(data + 2 * i) : (int64_t)load<uint32_t>(data + 4 * i); }
-};
 
 struct Dataset {
     std::string name;  // for messages: the file, the pattern, or which part of it
@@ -134,11 +87,13 @@ struct Dataset {
 inline Dataset text_dataset(const std::string& name, std::string_view text, const Tokenizer& tokenizer) {
     if (!tokenizer.text)
         data_error("'%s' is a text, and the tokenizer '%s' reads none: choose --tokenizer bytes, or name a token shard", name.c_str(), tokenizer.name.c_str());
-    auto tokens = std::make_shared<std::vector<uint16_t>>(tokenizer.encode_corpus(text));
-    if (tokens->empty()) data_error("'%s' holds no text: name another file", name.c_str());
+    auto encoded = tokenizer.encode_corpus(text);
+    if (encoded.empty()) data_error("'%s' holds no text: name another file", name.c_str());
+    auto tokens = std::make_shared<const decltype(encoded)>(std::move(encoded));
     Shard s;
     s.file = name;
     s.data = (const uint8_t*)tokens->data();
+    s.width = (int)sizeof(*tokens->data());
     s.count = (int64_t)tokens->size();
     s.owner = tokens;
     Dataset d;
@@ -146,20 +101,6 @@ inline Dataset text_dataset(const std::string& name, std::string_view text, cons
     d.end_of_text = tokenizer.end_of_text;
     d.add(std::move(s));
     return d;
-}
-
-inline Shard open_shard(std::shared_ptr<const MappedFile> file) {
-    ShardHeader header;
-    std::string error;
-    if (!parse_shard(file->data, file->size, header, error))
-        data_error("'%s' cannot be used as a token shard: %s; make or fetch it again", file->path.c_str(), error.c_str());
-    Shard s;
-    s.file = file->path;
-    s.data = file->data + shard_header_bytes;
-    s.width = header.width;
-    s.count = header.count;
-    s.owner = file;
-    return s;
 }
 
 // The files that a pattern names, sorted; a name with a bracket in it is a name first.
@@ -328,12 +269,13 @@ struct DataLoader {
 
 // Cross-entropy (nats a token) on `val` of a bigram model counted on `train`: what a model has to beat to have learnt more than pairs of tokens.
 // Witten-Bell smoothing: p(b|a) = (count(ab) + D(a) p(b)) / (count(a) + D(a)), where D(a) is how many different tokens were seen behind a, and p(b) is the
-// add-one unigram. The table has vocab^2 entries: NaN for a vocabulary beyond 1024, and if `val` has no pair.
+// add-one unigram. The table has vocab^2 entries: NaN for a vocabulary beyond 1024, and if `val` has no pair. Of each, the first 2^26 tokens are looked at.
 inline double bigram_loss(const Dataset& train, const Dataset& val, int vocab) {
     if (vocab > 1024) return std::numeric_limits<double>::quiet_NaN();
     std::vector<int64_t> pairs((size_t)vocab * vocab), followers(vocab), kinds(vocab), single(vocab);
     auto each_pair = [&](const Dataset& d, auto&& visit) {
-        for (const Shard& s : d.shards)
+        Dataset first = d.slice(0, std::min(d.num_tokens, (int64_t)1 << 26), d.name);
+        for (const Shard& s : first.shards)
             for (int64_t i = 0, a = -1; i < s.count; i++) {
                 int64_t b = s[i];
                 if (b >= vocab) Dataset::outside_vocabulary(s, i, vocab);

@@ -1,8 +1,9 @@
 // How good a model is: its loss on a text, and its recall, the share of questions about something said earlier that it answers exactly.
-// Neither touches the memories that training carries: batches come without lanes.
+// Within a training run neither touches the memories that it carries: batches come without lanes.
 #pragma once
 
 #include <algorithm>
+#include <cassert>
 #include <cmath>
 #include <cstdint>
 #include <fstream>
@@ -21,44 +22,59 @@
 // Loss
 
 struct LossOptions {
-    int64_t seq = 1;          // tokens a window
-    int64_t rows = 1;         // windows a batch
-    int64_t max_windows = 0;  // from the start; 0: all
-    bool doc_mask = false;    // as in training
+    int64_t seq = 1;                       // tokens a window
+    int64_t rows = 1;                      // windows a batch
+    int64_t max_windows = 0;               // from the start; 0: all
+    bool doc_mask = false;                 // as in training
+    int64_t stride = 0;                    // tokens from a window to the next one, at most seq; 0: seq, they stand side by side
+    bool carry_memory = false;             // each window goes on from the memory that the one before has left, within a document; the trainer has a lane
+    const Tokenizer* tokenizer = nullptr;  // knows the bytes of text behind the tokens
 };
 
 struct LossResult {
     double loss = NAN;   // nats a token
     int64_t tokens = 0;  // scored
-    int64_t bytes = 0;   // of them without the end-of-text tokens: bytes of text, where tokens are bytes
+    int64_t bytes = 0;   // of text that they stand for; 0 without a tokenizer that reads text
     double bits_per_byte() const { return loss * (double)tokens / (double)bytes / std::log(2.0); }
 };
 
-// Mean loss over windows that stand side by side, from the first token on, each predicting the token behind each of its own. Always the same ones.
+// Mean loss over windows, from the first token on, each predicting the token behind each of its own. Always the same ones. A token that two windows would
+// predict is scored by the first: where they overlap, every token but the first window's has at least seq - stride others before it.
 inline LossResult evaluate_loss(Trainer& trainer, const Dataset& data, const LossOptions& o) {
-    int64_t windows = (data.num_tokens - 1 + o.seq - 1) / o.seq;
-    if (windows < 1) data_error("%s has %lld tokens, too few to predict one: name more", data.name.c_str(), (long long)data.num_tokens);
+    int64_t targets = data.num_tokens - 1, stride = o.stride ? o.stride : o.seq, rows = o.carry_memory ? 1 : o.rows;
+    assert(stride <= o.seq && (!o.carry_memory || stride == o.seq));
+    if (targets < 1) data_error("%s has %lld tokens, too few to predict one: name more", data.name.c_str(), (long long)data.num_tokens);
+    int64_t windows = 1 + (std::max(targets - o.seq, (int64_t)0) + stride - 1) / stride;
     if (o.max_windows) windows = std::min(windows, o.max_windows);
     LossResult result;
     double sum = 0;
     std::vector<int> row(o.seq + 1);
     Batch batch;
-    for (int64_t first = 0; first < windows; first += o.rows) {
+    for (int64_t first = 0; first < windows; first += rows) {
         batch = Batch();
         batch.cu_seqlens = {0};
-        for (int64_t w = first; w < std::min(windows, first + o.rows); w++) {
-            int64_t begin = w * o.seq, n = std::min(o.seq, data.num_tokens - 1 - begin);
+        int64_t scored = 0;
+        for (int64_t w = first; w < std::min(windows, first + rows); w++) {
+            int64_t begin = w * stride, n = std::min(o.seq, targets - begin), known = w == 0 ? 0 : o.seq - stride;
             data.read(begin, n + 1, trainer.config.vocab_size, row.data());
             for (int64_t t = 0; t < n; t++) {
-                if (t > 0 && o.doc_mask && row[t] == data.end_of_text) batch.cu_seqlens.push_back((int)batch.tokens.size());
+                if (t > 0 && (o.doc_mask || o.carry_memory) && row[t] == data.end_of_text) batch.cu_seqlens.push_back((int)batch.tokens.size());
                 batch.tokens.push_back(row[t]);
-                batch.targets.push_back(row[t + 1]);
-                result.bytes += row[t + 1] != data.end_of_text;
+                batch.targets.push_back(t < known ? -1 : row[t + 1]);
+                if (t < known) continue;
+                scored++;
+                if (o.tokenizer && o.tokenizer->text && row[t + 1] != data.end_of_text) result.bytes += (int64_t)o.tokenizer->decode(row[t + 1]).size();
             }
             batch.cu_seqlens.push_back((int)batch.tokens.size());
         }
-        sum += trainer.forward(batch, Pass()) * (double)batch.tokens.size();
-        result.tokens += (int64_t)batch.tokens.size();
+        if (o.carry_memory) {
+            batch.memory_from.resize(batch.num_seqs(), -1);
+            batch.memory_to.resize(batch.num_seqs(), -1);
+            if (first > 0 && row[0] != data.end_of_text) batch.memory_from[0] = 0;
+            batch.memory_to.back() = 0;
+        }
+        sum += trainer.forward(batch, Pass()) * (double)scored;
+        result.tokens += scored;
     }
     result.loss = sum / (double)result.tokens;
     return result;
@@ -80,7 +96,7 @@ inline std::string questions_path(const std::string& text) {
 }
 inline bool is_questions_file(const std::string& path) { return path.size() > 6 && path.compare(path.size() - 6, 6, ".jsonl") == 0; }
 
-inline Question parse_question(const std::string& line, const Tokenizer& tokenizer, const std::string& where) {
+inline Question parse_question(std::string_view line, const Tokenizer& tokenizer, const std::string& where) {
     nlohmann::json j = nlohmann::json::parse(line, nullptr, false);
     bool valid = j.is_object() && j.contains("prompt") && j["prompt"].is_string() && j.contains("answer") && j["answer"].is_string() &&
                  j.contains("distance") && j["distance"].is_number_integer() && j.contains("guess") && j["guess"].is_number();
@@ -98,18 +114,8 @@ inline Question parse_question(const std::string& line, const Tokenizer& tokeniz
 }
 
 inline std::vector<Question> read_questions(const std::string& path, const Tokenizer& tokenizer) {
-    MappedFile file(path);
     std::vector<Question> questions;
-    std::string_view text((const char*)file.data, file.size);
-    int64_t number = 0;
-    for (size_t begin = 0; begin < text.size();) {
-        size_t end = std::min(text.find('\n', begin), text.size());
-        number++;
-        if (end > begin)
-            questions.push_back(
-                parse_question(std::string(text.substr(begin, end - begin)), tokenizer, format("line %lld of '%s'", (long long)number, path.c_str())));
-        begin = end + 1;
-    }
+    each_line(MappedFile(path), [&](std::string_view line, const std::string& where) { questions.push_back(parse_question(line, tokenizer, where)); });
     if (questions.empty()) data_error("'%s' holds no questions: name another file", path.c_str());
     return questions;
 }

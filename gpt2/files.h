@@ -7,11 +7,13 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
 #include <string>
+#include <string_view>
 
 #include "error.h"
 
@@ -48,6 +50,14 @@ inline std::string printable(const std::string& name) {
     data_error("cannot %s '%s': %s; %s", what, path.c_str(), strerror(reason), remedy);
 }
 
+inline void make_directories(const std::string& path) {
+    for (size_t slash = path.find('/', 1);; slash = path.find('/', slash + 1)) {
+        std::string part = path.substr(0, slash);
+        if (mkdir(part.c_str(), 0777) != 0 && errno != EEXIST) file_error("create", part, errno);
+        if (slash == std::string::npos) return;
+    }
+}
+
 // A regular file mapped read-only; 64-bit offsets throughout. The pages belong to the system's cache, so a corpus larger than memory is fine.
 // Whoever shortens a file while it is mapped ends the program (SIGBUS).
 struct MappedFile {
@@ -78,6 +88,18 @@ struct MappedFile {
         if (data) munmap((void*)data, size);
     }
 };
+
+// visit(line, where): the lines of a text, but for empty ones; `where` names the line in a message.
+template <class Visit>
+void each_line(const MappedFile& file, Visit visit) {
+    std::string_view text((const char*)file.data, file.size);
+    long long number = 0;
+    for (size_t begin = 0, end; begin < text.size(); begin = end + 1) {
+        end = std::min(text.find('\n', begin), text.size());
+        number++;
+        if (end > begin) visit(text.substr(begin, end - begin), format("line %lld of '%s'", number, file.path.c_str()));
+    }
+}
 
 inline void sync_directory_of(const std::string& path) {
     size_t slash = path.rfind('/');

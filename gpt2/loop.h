@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <deque>
 #include <memory>
+#include <set>
 #include <string>
 #include <vector>
 #ifdef _OPENMP
@@ -14,6 +15,7 @@
 #endif
 
 #include "checkpoint.h"
+#include "convert.h"
 #include "dataloader.h"
 #include "error.h"
 #include "evaluate.h"
@@ -39,6 +41,9 @@ struct TrainingRun {
     std::unique_ptr<DataLoader> loader;
     RunState state;           // where the run stands
     int64_t saved_step = -1;  // of the newest checkpoint
+
+    std::unique_ptr<ModelFile> initial;  // of --init-from, until its weights are taken
+
     RunDirectory directory;
     Log log;
     Progress progress;
@@ -76,7 +81,8 @@ inline void set_threads(int64_t threads) {
 }
 
 // The attention that was typed at --resume must be the one of the run, however it is written.
-inline void check_attention(const Options& typed, const Options& stored, const Options& merged, int vocab_size) {
+inline void check_attention(const Options& typed, const Options& stored, const Options& merged) {
+    constexpr int vocab_size = 1;  // it plays no part
     if (!typed.is_given("attention") && typed.attention_options.empty()) return;
     nlohmann::json before = model_json(model_config(stored, vocab_size))["attention"];
     std::string text;
@@ -98,15 +104,53 @@ inline Options resumed_options(const Options& typed) {
     merged.given = typed.given;
     apply_given(merged);
     for (const OptionSpec& s : option_specs())
-        if (s.role != Role::FREE && typed.is_given(s.name) && s.name != std::string("attention") && option_json(merged, s) != option_json(stored, s))
+        if (s.role != Role::FREE && typed.is_given(s.name) && s.name != std::string("attention") && s.name != std::string("tokenizer") &&
+            option_json(merged, s) != option_json(stored, s))
             contradiction(typed, s.name, option_text(merged, s), option_text(stored, s));
-    check_attention(typed, stored, merged, make_tokenizer(stored.tokenizer).vocab_size);
+    check_attention(typed, stored, merged);
     merged.attention = stored.attention;
     merged.attention_options = stored.attention_options;
     resolve_options(merged);
     if (merged.steps != stored.steps && merged.schedule != "constant")
         printf("the %s schedule now ends at step %lld; it was made for %lld\n", merged.schedule.c_str(), (long long)merged.steps, (long long)stored.steps);
     return merged;
+}
+
+// --init-from: the model's shape is the file's. What was typed must say the same.
+inline void take_shape(Options& o, const ModelFile& m) {
+    const ModelConfig& c = m.config;
+    struct {
+        const char* name;
+        int64_t Options::*field;
+        int Preset::*preset;
+        int has;
+    } numbers[] = {{"layers", &Options::layers, &Preset::layers, c.layers},
+                   {"heads", &Options::heads, &Preset::heads, c.heads},
+                   {"channels", &Options::channels, &Preset::channels, c.channels},
+                   {"max-seq", &Options::max_seq, &Preset::max_seq, c.max_seq}};
+    for (const auto& n : numbers) {
+        if (o.*n.field == AUTOMATIC && o.is_given("preset") && find_preset(o.preset).*n.preset != n.has)
+            usage_error("--preset %s contradicts '%s', which has %s %d instead of %d: leave it out", o.preset.c_str(), m.path.c_str(), n.name, n.has,
+                        find_preset(o.preset).*n.preset);
+        if (o.*n.field != AUTOMATIC && o.*n.field != n.has)
+            usage_error("--%s %lld contradicts '%s', which has %d: leave it out", n.name, (long long)(o.*n.field), m.path.c_str(), n.has);
+        o.*n.field = n.has;
+    }
+    nlohmann::json shape = model_json(c);
+    std::string attention, positions = shape["positions"];
+    bool uniform = std::set<nlohmann::json>(shape["attention"].begin(), shape["attention"].end()).size() == 1;
+    for (const nlohmann::json& a : shape["attention"])
+        if (!uniform || attention.empty()) attention += (attention.empty() ? "" : ",") + a.get<std::string>();
+    if (!o.positions.empty() && o.positions != positions)
+        usage_error("--positions %s contradicts '%s', which has %s: leave it out", o.positions.c_str(), m.path.c_str(), positions.c_str());
+    o.positions = positions;
+    if ((o.is_given("attention") || !o.attention_options.empty()) && model_json(model_config(o, c.vocab_size))["attention"] != shape["attention"])
+        usage_error("--attention %s%s contradicts '%s', which has %s: leave it out", o.attention.c_str(),
+                    o.attention_options.empty() ? "" : ", with its options,", m.path.c_str(), attention.c_str());
+    o.attention = attention;
+    o.attention_options.clear();
+    if (o.is_given("preset")) return;
+    o.preset = c.channels > presets[0].channels ? presets[1].name : presets[0].name;  // whose learning rate and batch size are sensible
 }
 
 inline std::string default_tokenizer(const std::string& data) {
@@ -116,9 +160,18 @@ inline std::string default_tokenizer(const std::string& data) {
 
 inline void open_data(TrainingRun& run) {
     Options& o = run.o;
+    if (run.initial && !o.tokenizer.empty()) choose_tokenizer(*run.initial, o.tokenizer);
+    if (run.initial && o.tokenizer.empty()) o.tokenizer = run.initial->tokenizer.bpe ? run.initial->path : run.initial->tokenizer.name;
+    // A run goes on with the vocabulary that its checkpoints have; the directory it came from may be gone.
+    std::string newest = o.resume ? newest_checkpoint(o.out) : "";
+    if (!newest.empty() && !o.is_given("tokenizer")) {
+        RunState state = read_state(newest);
+        run.tokenizer = tokenizer_of(state, newest + "/state.json");
+    } else if (!o.tokenizer.empty()) {
+        run.tokenizer = make_tokenizer(o.tokenizer);
+    }
     if (o.data.empty()) usage_error("no data: give --data FILE, a text or token shards");
-    if (o.tokenizer.empty()) o.tokenizer = default_tokenizer(o.data);
-    run.tokenizer = make_tokenizer(o.tokenizer);
+    if (o.tokenizer.empty()) run.tokenizer = make_tokenizer(o.tokenizer = default_tokenizer(o.data));
     run.train_data = open_dataset(o.data, run.tokenizer);
     if (!o.val_data.empty()) {
         run.val_data = open_dataset(o.val_data, run.tokenizer);
@@ -143,14 +196,13 @@ inline void open_data(TrainingRun& run) {
     if (run.tokenizer.text && o.val_every && exists(questions)) run.questions = read_questions(questions, run.tokenizer);
 }
 
-inline void check_carry_memory(const Options& o, const ModelConfig& model) {
-    if (!o.carry_memory) return;
+inline void check_carry_memory(const ModelConfig& model) {
     std::string able;
     for (const AttentionDescription& d : attention_descriptions())
         if (d.recurrent) able += (able.empty() ? "" : ", ") + std::string(d.name);
     for (const AttentionConfig& a : model.attention)
         if (attention_description(a.name).recurrent) return;
-    usage_error("--carry-memory needs a layer with a memory, '%s' has none: choose one of %s, or leave it out", o.attention.c_str(), able.c_str());
+    usage_error("--carry-memory needs a layer with a memory, '%s' has none: choose one of %s, or leave it out", model.attention[0].name.c_str(), able.c_str());
 }
 
 // A new run's state, or the state of the checkpoint that is resumed, which must be of the same model, tokenizer and data.
@@ -162,17 +214,22 @@ inline void load_state(TrainingRun& run) {
         state.data_tokens = run.train_data.num_tokens;
         state.seq = o.seq;
         state.doc_mask = o.doc_mask || o.carry_memory;
-        state.tokenizer = run.tokenizer.identity();
+        state.set_tokenizer(run.tokenizer);
         state.model = model_json(run.trainer->config);
         run.trainer->initialise((uint64_t)o.seed);
+        if (run.initial) load_weights(*run.initial, *run.trainer);
+        run.initial.reset();
         return;
     }
     std::string from = newest_checkpoint(o.out);
     if (from.empty()) data_error("the run in '%s' has no complete checkpoint to resume from: start it again with --overwrite", o.out.c_str());
     state = read_state(from);
+    if (state.tokenizer != run.tokenizer.identity())
+        usage_error("--tokenizer %s contradicts the run in '%s', which has another one: leave it out, or start another run in another --out",
+                    o.tokenizer.c_str(), o.out.c_str());
+    state.vocabulary = run.tokenizer.bpe;
     if (state.model != model_json(run.trainer->config))
         data_error("'%s' is a checkpoint of another model than '%s/config.json' says: name the run it belongs to", from.c_str(), o.out.c_str());
-    if (state.tokenizer != run.tokenizer.identity()) data_error("'%s' was made with another tokenizer than %s", from.c_str(), run.tokenizer.name.c_str());
     if (state.data_tokens != run.train_data.num_tokens)
         data_error("%s has %lld tokens, the run in '%s' was training on %lld: give the same --data", run.train_data.name.c_str(),
                    (long long)run.train_data.num_tokens, o.out.c_str(), (long long)state.data_tokens);
@@ -210,8 +267,8 @@ inline void prepare_directory(TrainingRun& run) {
 inline void print_plan(const Options& o, Trainer& plan) {
     const ModelConfig& c = plan.config;
     double training = 3 * model_flops(c, (double)o.seq), peak = plan.peak_flops();
-    printf("model: %s, attention %s, %d layers, %d heads, %d channels, %lld parameters\n", o.preset.c_str(), o.attention.c_str(), c.layers, c.heads, c.channels,
-           (long long)plan.parameters().size());
+    printf("model: %s, attention %s, %d layers, %d heads, %d channels, %lld parameters\n", o.init_from.empty() ? o.preset.c_str() : o.init_from.c_str(),
+           o.attention.c_str(), c.layers, c.heads, c.channels, (long long)plan.parameters().size());
     printf("memory: parameters %.1f MB, gradients and moments %.1f MB, activations %.1f MB\n", plan.parameter_bytes() / 1e6, plan.gradient_bytes() / 1e6,
            plan.activation_bytes() / 1e6);
     if (peak > 0)
@@ -357,6 +414,7 @@ inline int train(const Options& typed) {
     TrainingRun run;
     Options& o = run.o;
     if (typed.resume && typed.overwrite) usage_error("--resume and --overwrite exclude each other: give one of them");
+    if (typed.resume && !typed.init_from.empty()) usage_error("--resume goes on from the run's own checkpoint: leave out --init-from");
     if ((typed.resume || typed.overwrite) && typed.out.empty())
         usage_error("--%s needs --out DIR, the directory of the run", typed.resume ? "resume" : "overwrite");
     if (typed.resume) {
@@ -365,6 +423,10 @@ inline int train(const Options& typed) {
         run.directory.claim(typed.out);  // before a checkpoint is chosen: nobody may be writing one
     }
     o = typed.resume ? resumed_options(typed) : typed;
+    if (!o.resume && !o.init_from.empty()) {
+        run.initial = std::make_unique<ModelFile>(open_model(o.init_from));
+        take_shape(o, *run.initial);
+    }
     if (!o.resume) resolve_options(o);
     set_threads(o.threads);
     refuse_to_replace(o);
@@ -372,7 +434,7 @@ inline int train(const Options& typed) {
     open_data(run);
     ModelConfig model = model_config(o, run.tokenizer.vocab_size);
     o.positions = positions_names[(int)model.positions];
-    check_carry_memory(o, model);
+    if (o.carry_memory) check_carry_memory(model);
     TrainerOptions t;
     t.max_tokens = o.batch * o.seq;
     t.lanes = o.carry_memory ? (int)o.batch : 0;

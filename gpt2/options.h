@@ -25,7 +25,7 @@ inline const char* executable_name() { return trainer_on_gpu() ? "train_gpt2cu" 
 
 // Everything that can be said on the command line. Values marked * are settled by resolve_options(): AUTOMATIC or empty until then.
 struct Options {
-    std::string command;                       // train, eval, generate or info
+    std::string command;                       // train, eval, generate, info or convert
     std::map<std::string, std::string> given;  // what was typed: option -> text; flags have the text "true"
 
     // the model
@@ -47,10 +47,15 @@ struct Options {
     bool tune = false;
     int64_t val_every = 100, val_batches = 10, sample_every = 250, save_every = 250, seed = 1337, threads = 0;
 
+    std::string init_from;
+
+    // a conversion
+    std::string to, store;
+
     // a trained model
-    std::string checkpoint, prompt, prompts, stop;
+    std::string checkpoint, choices, prompt, prompts, stop;
     bool recall = false, jsonl = false, interactive = false, endless = false;
-    int64_t tokens = 256, top_k = 0, samples = 1, parallel = 64, window = 0, page_size = 64, pages = 0;
+    int64_t stride = 0, tokens = 256, top_k = 0, samples = 1, parallel = 64, window = 0, page_size = 64, pages = 0;
     double temperature = 0.8, top_p = 1, min_p = 0, repetition_penalty = 1;
 
     bool is_given(const char* name) const { return given.count(name) > 0; }
@@ -64,15 +69,16 @@ struct PresetDefaults {
 };
 constexpr PresetDefaults preset_defaults[] = {{"tiny", 500, 16, 50, 4e-3}, {"gpt2", 1000, 4, 100, 6e-4}};
 
-enum Command : unsigned { TRAIN = 1, EVAL = 2, GENERATE = 4, INFO = 8 };
+enum Command : unsigned { TRAIN = 1, EVAL = 2, GENERATE = 4, INFO = 8, CONVERT = 16 };
 constexpr struct {
     Command bit;
     const char *name, *help;
 } commands[] = {
     {TRAIN, "train", "train a model, or continue a run"},
-    {EVAL, "eval", "loss, and recall, of a trained model on a text or on token shards"},
+    {EVAL, "eval", "loss and recall of a trained model on a text or on token shards, and what it gets right in multiple choice"},
     {GENERATE, "generate", "write text with a trained model: the text goes to standard output, everything else to standard error"},
     {INFO, "info", "what a model would be: its tensors, FLOPs and memory; nothing is trained"},
+    {CONVERT, "convert", "write a model into the files of another program: transformers, llm.c, llama.cpp, or back into ours"},
 };
 
 constexpr unsigned LAYER_OPTIONS = TRAIN | INFO;  // the commands that know the options of the attention layers
@@ -118,7 +124,8 @@ inline const std::vector<OptionSpec>& option_specs() {
          "position encoding",
          "learned if every layer is causal, else rope",
          {"learned", "rope", "none"}},
-        {"tokenizer", TRAIN | INFO, MODEL, &O::tokenizer, 0, 0, "bytes, or the token ids of shards", "bytes for a text, ids for shards", {"bytes", "ids"}},
+        {"tokenizer", TRAIN | INFO, MODEL, &O::tokenizer, 0, 0, 
+         "bytes, a directory with encoder.json and vocab.bpe, or the token ids of shards (ids; of a vocabulary of V: ids:V)", "bytes for a text, ids for shards"},
 
         {"data", TRAIN | EVAL, FREE, &O::data, 0, 0, "a text file, a token shard, or a quoted glob of shards"},
         {"val-data", TRAIN, FREE, &O::val_data, 0, 0, "the same, for validation", "the last tenth of --data"},
@@ -126,7 +133,7 @@ inline const std::vector<OptionSpec>& option_specs() {
         {"batch", TRAIN | INFO, RUN, &O::batch, 1, 1 << 20, "sequences a batch", "by preset"},
         {"seq", TRAIN | INFO, RUN, &O::seq, 1, 1 << 24, "tokens a sequence", "--max-seq"},
         {"total-batch", TRAIN, RUN, &O::total_batch, 0, MANY, "tokens a step, a multiple of batch times seq: gradients are accumulated; 0: one batch"},
-        {"carry-memory", TRAIN, RUN, &O::carry_memory, 0, 0, "each row of the batch reads on through the text, with the memory it has (recurrent layers)"},
+        {"carry-memory", TRAIN | EVAL, RUN, &O::carry_memory, 0, 0, "a row of the batch reads on through the text, with the memory it has (recurrent layers)"},
         {"doc-mask", TRAIN, RUN, &O::doc_mask, 0, 0, "no attention across documents"},
         {"lr", TRAIN, RUN, &O::lr, 0, 1000, "learning rate", "by preset"},
         {"min-lr", TRAIN, RUN, &O::min_lr, 0, 1000, "learning rate at the end", "a tenth of --lr"},
@@ -175,7 +182,27 @@ inline const std::vector<OptionSpec>& option_specs() {
         {"resume", TRAIN, FREE, &O::resume, 0, 0, "continue the run in --out from its newest checkpoint"},
         {"overwrite", TRAIN, FREE, &O::overwrite, 0, 0, "replace the run in --out"},
 
-        {"checkpoint", EVAL | GENERATE, FREE, &O::checkpoint, 0, 0, "a run's directory (its newest step) or one step's"},
+        {"init-from", TRAIN, FREE, &O::init_from, 0, 0,
+         "start from the weights of this model and with its shape: a checkpoint, a directory of transformers' GPT-2, or llm.c's model .bin",
+         "initial values from --seed"},
+
+        {"checkpoint", EVAL | GENERATE | CONVERT, FREE, &O::checkpoint, 0, 0,
+         "a run's directory (its newest step) or one step's; or GPT-2 of others: transformers' directory, llm.c's model .bin"},
+        {"to",
+         CONVERT,
+         FREE,
+         &O::to,
+         0,
+         0,
+         "the program that is to read it: ours, transformers (its GPT-2, or its MLA and Lightning layers alone), llm.c, llama.cpp",
+         "none",
+         {"attn", "hf", "hf-attention", "llmc", "gguf"}},
+        {"out", CONVERT, FREE, &O::out, 0, 0, "the directory to make, or the file (llmc, gguf); nothing may be there", "none"},
+        {"tokenizer", EVAL | GENERATE | CONVERT, FREE, &O::tokenizer, 0, 0,
+         "for a model whose tokens are numbers: bytes, or a directory with GPT-2's encoder.json and vocab.bpe", "the model's own"},
+        {"dtype", CONVERT, FREE, &O::store, 0, 0, "type of the numbers (gguf: of the matrices)", "as they are", {"float32", "bf16", "float16"}},
+        {"stride", EVAL, FREE, &O::stride, 0, MANY, "tokens from a window of --data to the next, which overlap: every token sees many others; 0: side by side"},
+        {"choices", EVAL, FREE, &O::choices, 0, 0, "multiple choice: llm.c's evaluation format, or lines of {\"context\", \"choices\", \"label\"}", "none"},
         {"recall", EVAL, FREE, &O::recall, 0, 0, "answer the questions beside the text (X.questions.jsonl), or --data itself if it is such a file"},
         {"prompt", GENERATE, FREE, &O::prompt, 0, 0, "text to go on from", "none"},
         {"prompts", GENERATE, FREE, &O::prompts, 0, 0, "a file with a prompt a line; -: standard input", "none"},
@@ -387,7 +414,7 @@ inline void refuse_extras(const CLI::App& app, const std::string& command) {
     if (extras.empty()) return;
     bool option = extras[0][0] == '-';
     std::string known = command.empty() && !option
-                            ? "choose train, eval, generate or info"
+                            ? "choose train, eval, generate, info or convert"
                             : std::string(executable_name()) + " " + command + (command.empty() ? "" : " ") + "--help lists what there is";
     usage_error("unknown %s '%s': %s", option ? "option" : command.empty() ? "command" : "argument", extras[0].c_str(), known.c_str());
 }
@@ -411,7 +438,8 @@ inline bool parse_command_line(int argc, char** argv, Options& o) {
         usage_error("%s; --help lists what there is", line.c_str());
     }
     refuse_extras(app, "");
-    if (app.get_subcommands().empty()) usage_error("no command: give train, eval, generate or info; %s COMMAND --help lists its options", executable_name());
+    if (app.get_subcommands().empty())
+        usage_error("no command: give train, eval, generate, info or convert; %s COMMAND --help lists its options", executable_name());
     const CLI::App& chosen = *app.get_subcommands()[0];
     o.command = chosen.get_name();
     refuse_extras(chosen, o.command);

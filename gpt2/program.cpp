@@ -1,5 +1,5 @@
-// The program around a trainer: ./train_gpt2 train|eval|generate|info. A unit of its own, linked with either trainer: it computes nothing itself, so it is
-// compiled without -O3, beside the trainer, and once for both.
+// The program around a trainer: ./train_gpt2 train|eval|generate|info|convert. A unit of its own, linked with either trainer: it computes nothing itself, so it
+// is compiled without -O3, beside the trainer, and once for both.
 
 #include <csignal>
 #include <cstdio>
@@ -12,6 +12,8 @@
 
 #include "../attention.h"  // the list of attention layers and their options
 #include "checkpoint.h"
+#include "choices.h"
+#include "convert.h"
 #include "error.h"
 #include "evaluate.h"
 #include "generate.h"
@@ -28,53 +30,67 @@ struct LoadedModel {
 };
 
 static LoadedModel load_trained(const Options& o, int64_t min_tokens) {
-    if (o.checkpoint.empty()) usage_error("no model: give --checkpoint DIR, a run's directory or one of its step_... directories");
-    std::string directory = find_checkpoint(o.checkpoint), path = directory + "/state.json";
+    if (o.checkpoint.empty())
+        usage_error("no model: give --checkpoint DIR, a run's directory or one of its step_... directories, or a model of another program");
+    ModelFile file = open_model(o.checkpoint);
+    if (!o.tokenizer.empty()) choose_tokenizer(file, o.tokenizer);
+    const std::string& path = file.path;
+    const ModelConfig& config = file.config;
     LoadedModel m;
-    m.state = read_state(directory);
-    m.tokenizer = tokenizer_of(m.state, path);
-    ModelConfig config = model_from_json(m.state.model, path);
-    if (config.vocab_size != m.tokenizer.vocab_size)
-        data_error("'%s': the model's vocabulary of %d is not the tokenizer's; take another checkpoint", path.c_str(), config.vocab_size);
+    m.state = file.state;
+    m.tokenizer = file.tokenizer;
     if (m.state.seq > config.max_seq) data_error("'%s': seq is longer than the model's longest sequence; take another checkpoint", path.c_str());
     if (o.window > 0 && config.positions == Positions::LEARNED)
         usage_error("--window %lld: the model's %d positions are learned, and no window slides beyond them: leave it out, or train with --positions rope",
                     (long long)o.window, config.max_seq);
+    if (o.carry_memory) check_carry_memory(config);
     TrainerOptions t;
     t.training = false;
     t.dtype = o.dtype;
     t.page_size = (int)o.page_size;
     t.pages = o.pages;
     t.window = o.window;
+    t.lanes = o.carry_memory ? 1 : 0;
     t.max_tokens = std::max<int64_t>(min_tokens, config.max_seq);
     m.trainer = make_trainer(config, t);
-    load_model(directory, *m.trainer);
-    fprintf(stderr, "%s: step %lld, %lld parameters\n", directory.c_str(), (long long)m.state.step, (long long)m.trainer->parameters().size());
+    load_weights(file, *m.trainer);
+    fprintf(stderr, "%s: step %lld, %lld parameters\n", path.c_str(), (long long)m.state.step, (long long)m.trainer->parameters().size());
     return m;
 }
 
 static int evaluate(const Options& o) {
     constexpr int64_t batch_tokens = 4096;
-    if (o.data.empty()) usage_error("no data: give --data FILE, a text, token shards or, with --recall, a file of questions");
+    if (o.data.empty() && (o.choices.empty() || o.recall))
+        usage_error("no data: give --data FILE, a text, token shards or, with --recall, a file of questions; or --choices FILE");
+    if (o.stride && o.carry_memory) usage_error("--stride and --carry-memory are both given: give one of them");
     bool only_questions = o.recall && is_questions_file(o.data);
     LoadedModel m = load_trained(o, batch_tokens);
+    if (o.stride > m.state.seq)
+        usage_error("--stride %lld is more than the %lld tokens of a window: give less", (long long)o.stride, (long long)m.state.seq);
     std::vector<Question> questions;
+    std::vector<MultipleChoice> choices;
     if (o.recall && !m.tokenizer.text) data_error("--recall asks in words, the model reads token ids: take a model of bytes");
     if (o.recall) questions = read_questions(only_questions ? o.data : questions_path(o.data), m.tokenizer);
-    if (!only_questions) {
+    if (!o.choices.empty()) choices = read_choices(o.choices, m.tokenizer);
+    if (!o.data.empty() && !only_questions) {
         Dataset data = open_dataset(o.data, m.tokenizer);
         LossOptions l;
         l.seq = m.state.seq;
         l.rows = std::max<int64_t>(1, batch_tokens / l.seq);
         l.doc_mask = m.state.doc_mask;
+        l.stride = o.stride;
+        l.carry_memory = o.carry_memory;
+        l.tokenizer = &m.tokenizer;
         LossResult r = evaluate_loss(*m.trainer, data, l);
         if (!std::isfinite(r.loss))
             data_error("the loss is not finite: the model's training diverged, or the data has nothing to score; take an earlier checkpoint");
         printf("loss %.6f | perplexity %.4f", r.loss, std::exp(r.loss));
-        if (m.tokenizer.text && r.bytes) printf(" | bits per byte %.4f", r.bits_per_byte());
+        if (r.bytes) printf(" | bits per byte %.4f", r.bits_per_byte());
         printf(" | %lld tokens\n", (long long)r.tokens);
     }
-    if (o.recall) print_recall(questions, answer_questions(*m.trainer, questions, std::max<int64_t>(batch_tokens, m.trainer->config.max_seq)));
+    int64_t most = std::max<int64_t>(batch_tokens, m.trainer->config.max_seq);
+    if (o.recall) print_recall(questions, answer_questions(*m.trainer, questions, most));
+    if (!choices.empty()) print_choices(choices, choose(*m.trainer, choices, m.tokenizer.end_of_text, most));
     return 0;
 }
 
@@ -216,7 +232,8 @@ static int converse(const Options& o, LoadedModel& m, GenerateOptions g) {
         turn.conversation = &conversation;
         if (conversation.tokens.empty()) conversation.tokens = {m.tokenizer.end_of_text};
         int before = conversation.tokens.back();
-        bool own_line = before == m.tokenizer.end_of_text || m.tokenizer.decode(before) == "\n";
+        std::string end = m.tokenizer.decode(before);
+        bool own_line = before == m.tokenizer.end_of_text || (!end.empty() && end.back() == '\n');
         try {
             turn.prompt = m.tokenizer.encode(own_line ? line : "\n" + line);
         } catch (const Error& e) {  // the next line may be better
@@ -264,6 +281,10 @@ static int run_command(int argc, char** argv) {
     set_threads(o.threads);
     if (o.command == "eval") return evaluate(o);
     if (o.command == "generate") return generate_text(o);
+    if (o.command == "convert") {
+        convert({o.checkpoint, o.to, o.out, o.store, o.tokenizer});
+        return 0;
+    }
     return print_info(o);
 }
 

@@ -29,14 +29,6 @@ inline bool holds_run(const std::string& directory) {
     return false;
 }
 
-inline void make_directories(const std::string& path) {
-    for (size_t slash = path.find('/', 1);; slash = path.find('/', slash + 1)) {
-        std::string part = path.substr(0, slash);
-        if (mkdir(part.c_str(), 0777) != 0 && errno != EEXIST) file_error("create", part, errno);
-        if (slash == std::string::npos) return;
-    }
-}
-
 // What a run needs to go on: all options as they were settled, and the model they gave, for people and for --resume.
 inline void write_run_config(const std::string& directory, const Options& o, const ModelConfig& model) {
     nlohmann::ordered_json options;
@@ -52,14 +44,12 @@ inline void write_run_config(const std::string& directory, const Options& o, con
 }
 
 // The options of a run, as its config.json has them.
-inline Options read_run_options(const std::string& directory) {
-    std::string path = directory + "/config.json";
-    nlohmann::json j = read_json(path);
+inline Options run_options_from_json(const nlohmann::json& j, const std::string& path) {
     Options o;
     if (!j.contains("options") || !j["options"].is_object()) data_error("'%s' has no options: it is damaged; start another run", path.c_str());
     try {
         for (const OptionSpec& s : option_specs()) {
-            if (!j["options"].contains(s.name)) continue;
+            if (!(s.commands & TRAIN) || !j["options"].contains(s.name)) continue;
             nlohmann::json value = j["options"][s.name];
             set_option(o, s, value.is_string() ? value.get<std::string>() : value.is_number_float() ? format("%.17g", value.get<double>()) : value.dump());
         }
@@ -68,6 +58,10 @@ inline Options read_run_options(const std::string& directory) {
         data_error("'%s': %s", path.c_str(), e.what());
     }
     return o;
+}
+inline Options read_run_options(const std::string& directory) {
+    std::string path = directory + "/config.json";
+    return run_options_from_json(read_json(path), path);
 }
 
 // A run's directory while a run is going on in it: nobody else may write there.

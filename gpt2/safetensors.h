@@ -7,6 +7,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <functional>
@@ -206,6 +207,38 @@ inline float bf16_to_float(uint16_t b) {
     uint32_t bits = (uint32_t)b << 16;
     return load<float>(&bits);
 }
+// Back again, to the nearest, ties to even: what came from such a number becomes it again, bit for bit. NaN stays NaN; beyond the range: infinity.
+inline uint16_t float_to_bf16(float f) {
+    uint32_t bits = load<uint32_t>(&f), low = bits & 0xffff;
+    if (f != f) return (uint16_t)(bits >> 16 | (bits << 9 >> 25 ? 0 : 0x40));
+    return (uint16_t)((bits >> 16) + (low > 0x8000 || (low == 0x8000 && (bits >> 16 & 1))));
+}
+inline uint16_t float_to_half(float f) {
+    uint32_t bits = load<uint32_t>(&f), sign = bits >> 16 & 0x8000, magnitude = bits & 0x7fffffff;
+    if (f != f) return (uint16_t)(sign | 0x7c00 | (magnitude >> 13 & 1023 ? magnitude >> 13 & 1023 : 512));
+    if (magnitude >= 0x477ff000) return (uint16_t)(sign | 0x7c00);  // 65520, half way between the largest number and the next power of two
+    if (magnitude < 0x38800000) return (uint16_t)(sign | (uint32_t)std::lrint(load<float>(&magnitude) * 16777216.0f));  // subnormal: units of 2^-24
+    return (uint16_t)(sign | (((magnitude + 0xfff + (magnitude >> 13 & 1)) >> 13) - (112 << 10)));
+}
+
+// n numbers of a floating-point type, at any address, as float or double; false: of another type.
+template <class To>
+bool read_floats(const std::string& dtype, const uint8_t* p, uint64_t n, To* to) {
+    auto convert = [&](auto from, auto f) {
+        for (uint64_t i = 0; i < n; i++) to[i] = (To)f(load<decltype(from)>(p + i * sizeof from));
+    };
+    if (dtype == "F32")
+        convert(float(), [](float x) { return x; });
+    else if (dtype == "F64")
+        convert(double(), [](double x) { return x; });
+    else if (dtype == "BF16")
+        convert(uint16_t(), bf16_to_float);
+    else if (dtype == "F16")
+        convert(uint16_t(), half_to_float);
+    else
+        return false;
+    return true;
+}
 
 // A file opened for reading: its header checked, its tensors copied out by name. Copies of it share the mapping.
 struct SafeTensorsFile {
@@ -262,25 +295,10 @@ struct SafeTensorsFile {
     [[noreturn]] void wrong_type(const SafeTensor& t, const char* needed) const {
         data_error("tensor %s of '%s' has dtype %s: %s is needed; convert it", t.name.c_str(), file->path.c_str(), t.dtype.c_str(), needed);
     }
-    template <class From, class To, class Convert>
-    static void convert(const uint8_t* p, uint64_t bytes, To* to, Convert f) {
-        for (uint64_t i = 0; i < bytes / sizeof(From); i++) to[i] = (To)f(load<From>(p + i * sizeof(From)));
-    }
     template <class To>
     void copy_real(const std::string& name, const std::vector<int64_t>& shape, To* to) const {
         const SafeTensor& t = tensor(name, shape);
-        const uint8_t* p = data(t);
-        uint64_t bytes = t.end - t.begin;
-        if (t.dtype == "F32")
-            convert<float>(p, bytes, to, [](float x) { return x; });
-        else if (t.dtype == "F64")
-            convert<double>(p, bytes, to, [](double x) { return x; });
-        else if (t.dtype == "BF16")
-            convert<uint16_t>(p, bytes, to, bf16_to_float);
-        else if (t.dtype == "F16")
-            convert<uint16_t>(p, bytes, to, half_to_float);
-        else
-            wrong_type(t, "F32, F64, BF16 or F16");
+        if (!read_floats(t.dtype, data(t), (t.end - t.begin) / dtype_width(t.dtype), to)) wrong_type(t, "F32, F64, BF16 or F16");
     }
 };
 

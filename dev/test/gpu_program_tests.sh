@@ -62,6 +62,19 @@ good "documents apart, recomputed, accumulated" "$gpu" train "${small[@]}" --att
 good "documents apart on the CPU" "$cpu" train "${small[@]}" --attention mla --doc-mask --total-batch 1024 --steps 4 --out masked_cpu
 expect "the same losses with documents apart" close masked_gpu masked_cpu 1e-4
 good "evaluation" "$gpu" eval --checkpoint masked_gpu --data text.txt
+head -c 3000 text.txt | tr -d '<|>' >plain.txt
+for key in key cat box; do echo "{\"context\": \"the red $key is in the\", \"choices\": [\" box\", \" dog on\", \"zq\"], \"label\": 0}"; done >choices.jsonl
+# same NAME OPTIONS...: the GPU's loss and choices are the CPU's
+same() {
+    local name=$1; shift
+    good "$name" "$gpu" eval --dtype float32 --choices choices.jsonl --data plain.txt "$@"; cp out.txt gpu.txt
+    good "$name on the CPU" "$cpu" eval --choices choices.jsonl --data plain.txt "$@"
+    expect "$name: the same choices" test -n "$(grep multiple gpu.txt)" -a "$(grep multiple gpu.txt)" = "$(grep multiple out.txt)"
+    expect "$name: the same loss" awk 'FNR == 1 { loss[++n] = $2 } END { d = loss[1] - loss[2]; exit !(n == 2 && d <= 1e-4 && d >= -1e-4) }' gpu.txt out.txt
+}
+same "evaluation" --checkpoint masked_gpu
+same "a sliding window" --checkpoint masked_gpu --stride 7
+same "a memory carried through a text" --checkpoint memory_gpu --carry-memory
 
 good "tuned products" "$gpu" train "${small[@]}" --tune --steps 4 --out tuned
 expect "their plans are kept" test -s tuned/matmul_plans.txt

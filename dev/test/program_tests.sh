@@ -50,7 +50,7 @@ small=(--layers 2 --heads 2 --channels 16 --max-seq 32 --batch 4 --val-batches 2
 run=(train --data text.txt "${small[@]}")
 
 # --- what is typed wrong: 2 -----------------------------------------------------------------------------------------------------------------------------
-error "no command" 2 "train, eval, generate or info"
+error "no command" 2 "train, eval, generate, info or convert"
 error "unknown command" 2 "'fly'" fly
 error "unknown option" 2 "'--fly'.*--help" train --fly
 error "unknown option with a value" 2 "'--fly'" train --fly 3
@@ -368,20 +368,75 @@ expect "ids" grep -Eq "^([0-9]+ )+$" out.txt
 error "ids are read as numbers" 2 "'hello'" generate --checkpoint ids --prompt hello
 error "eval with the other tokenizer" 3 "tokenizer" eval --checkpoint ids --data val.txt
 
+# shellcheck disable=SC2046
+{ int32 20240801 7 300; head -c 1012 /dev/zero; int32 $(seq 100000 90 126910); } >wide.bin
+wide=("${small[@]}" --channels 4 --layers 1 --batch 2)
+error "a vocabulary that is too small" 3 "token 1[0-9]{5} at position [0-9]+ of 'wide.bin' is outside the vocabulary of 50257" train --data wide.bin "${wide[@]}" --steps 9
+good "tokens of 32 bits" train --data wide.bin --tokenizer ids:131072 "${wide[@]}" --steps 1 --out wide
+good "evaluated" eval --checkpoint wide --data wide.bin
+expect "all of them" grep -q "| 299 tokens$" out.txt
+
+# --- evaluation -----------------------------------------------------------------------------------------------------------------------------------------------
+evaluated() { "$program" eval --checkpoint "$@" 2>/dev/null; }
+close() { awk -v a="$1" -v b="$2" 'BEGIN { d = (a - b) / b; exit !(a > 0 && b > 0 && d <= 2e-6 && d >= -2e-6) }'; }
+loss() { sed -n 's/^loss \([0-9.]*\) .*/\1/p'; }
+head -c 700 text.txt | tr -d '<|>' >plain.txt
+expect "windows side by side" [ -n "$(evaluated a --data plain.txt)" -a "$(evaluated a --data plain.txt)" = "$(evaluated a --data plain.txt --stride 32)" ]
+expect "windows that overlap score as many tokens" eval 'evaluated a --data plain.txt --stride 5 | grep -Eq "bits per byte [0-9.]+ \| $(wc -c <plain.txt) tokens$"'
+expect "otherwise" [ "$(evaluated a --data plain.txt --stride 5 | loss)" != "$(evaluated a --data plain.txt | loss)" ]
+error "a stride beyond the window" 2 "--stride 33 is more than the 32 tokens" eval --checkpoint a --data plain.txt --stride 33
+error "a stride and a memory" 2 "--stride and --carry-memory are both given" eval --checkpoint a --data plain.txt --stride 3 --carry-memory
+error "no memory to carry" 2 "--carry-memory.*'causal' has none" eval --checkpoint a --data plain.txt --carry-memory
+# Memory carried from window to window is one long window.
+for attention in infini:segment=16 lightning; do
+    good "$attention" "${run[@]}" --attention $attention --max-seq 1024 --seq 32 --lr 1e-2 --steps 8 --val-every 0 --out carried --overwrite
+    rm -rf long; cp -r carried long
+    sed -i 's/"seq": 32/"seq": 1024/' long/step_00000008/state.json
+    whole=$(evaluated long --data plain.txt | loss)
+    expect "$attention: --carry-memory is one long window" close "$(evaluated carried --data plain.txt --carry-memory | loss)" "$whole"
+    expect "$attention: windows without it are not" [ "$(evaluated carried --data plain.txt | loss)" != "$whole" ]
+done
+cat >choices.jsonl <<'END'
+{"context": "the red", "choices": [" key", "zq"], "label": 0}
+{"context": "", "choices": ["~", "the", "\u0001\u0002"], "label": 1}
+{"context": "the red key is in the box and the cat is under the dog", "choices": [" on", "XYZ"], "label": 1}
+END
+ids() { local c; for c in "$@"; do printf '%b' "$(printf '\\x%02x\\x%02x' $((c & 255)) $((c >> 8)))"; done; }
+text_ids() { printf '%s' "$1" | od -An -v -tu1; }
+example() { # NUMBER LABEL CHOICES, CONTEXT, CHOICE...
+    local words="$1 $2 $3 ${#4} $(text_ids "$4")" c
+    for c in "${@:5}"; do words="$words ${#c} $(text_ids "$c")"; done
+    # shellcheck disable=SC2086
+    set -- $words
+    ids 65535 $((2 * $# + 4)) "$@"
+}
+{ int32 20240522 1 3 1000; head -c 1008 /dev/zero
+  example 0 0 2 "the red" " key" "zq"; example 1 1 3 "" "~" "the" $'\1\2'
+  example 2 1 2 "the red key is in the box and the cat is under the dog" " on" "XYZ"; } >choices.bin
+expect "multiple choice" eval 'evaluated a --choices choices.jsonl | grep -Eq "^multiple choice [0-9.]+% \| [0-3] right of 3 \| guessing 44.44% \| 1 contexts shortened"'
+expect "in llm.c's format" [ -n "$(evaluated a --choices choices.bin)" -a "$(evaluated a --choices choices.bin)" = "$(evaluated a --choices choices.jsonl)" ]
+expect "beside a text" [ "$(evaluated a --data plain.txt --choices choices.bin | wc -l)" -eq 2 ]
+error "choices that are not there" 3 "'gone'" eval --checkpoint a --choices gone
+error "choices that are none" 3 "line 1 of 'plain.txt' is no multiple choice" eval --checkpoint a --choices plain.txt
+head -c 1150 choices.bin >cut.bin
+error "choices cut short" 3 "'cut.bin' cannot be used.*example 2" eval --checkpoint a --choices cut.bin
+error "no data and no choices" 2 "--choices" eval --checkpoint a
+error "words for a model of ids" 3 "reads token ids" eval --checkpoint ids --choices choices.jsonl
+
 # --- help and info --------------------------------------------------------------------------------------------------------------------------------------------
 options() { "$program" "$1" --help | grep -oE "^ +(-h,)?--[a-z0-9-]+" | grep -oE -- "--[a-z0-9-]+" | sort; }
 train_options="preset attention layers heads channels kv-heads window positions dropout data val-data steps batch seq total-batch lr min-lr warmup schedule weight-decay grad-clip
-    val-every val-batches sample-every save-every out resume overwrite seed threads max-seq tokenizer carry-memory doc-mask beta1 beta2 eps"
+    val-every val-batches sample-every save-every out resume overwrite seed threads max-seq tokenizer carry-memory doc-mask beta1 beta2 eps init-from"
 for option in $train_options; do expect "train --help names --$option" eval "options train | grep -qx -- --$option"; done
-for command in train eval generate info; do
+for command in train eval generate info convert; do
     good "$command --help" $command --help
     for option in $(options $command); do
         "$program" $command $option --zzz >/dev/null 2>err.txt   # a flag makes --zzz the culprit, an option swallows it; neither is unknown itself
         expect "$command knows $option of its help" eval "! grep -q \"unknown option '$option'\" err.txt"
     done
 done
-expect "eval --help" [ "$(options eval | tr -d '\n')" = "--checkpoint--data--help--recall--threads" ]
-expect "generate --help" [ "$(options generate | tr -d '\n')" = "--checkpoint--endless--help--interactive--jsonl--min-p--page-size--pages--parallel--prompt--prompts--repetition-penalty--samples--seed--stop--temperature--threads--tokens--top-k--top-p--window" ]
+expect "eval --help" [ "$(options eval | tr -d '\n')" = "--carry-memory--checkpoint--choices--data--help--recall--stride--threads--tokenizer" ]
+expect "generate --help" [ "$(options generate | tr -d '\n')" = "--checkpoint--endless--help--interactive--jsonl--min-p--page-size--pages--parallel--prompt--prompts--repetition-penalty--samples--seed--stop--temperature--threads--tokenizer--tokens--top-k--top-p--window" ]
 good "info" info
 expect "the published size" eval '"$program" info --preset gpt2-124M | grep -q "124,475,904"'  # 124,439,808 and 47 rows of padding
 good "info of the largest" info --preset gpt2-1558M

@@ -284,7 +284,10 @@ TEST_CASE("every number is refused beyond its range, and taken at its ends") {
 }
 TEST_CASE("names are not declared twice, and layer options do not hide behind the program's") {
     std::map<std::string, unsigned> seen;
-    for (const OptionSpec& s : option_specs()) CHECK(seen.emplace(s.name, s.commands).second);
+    for (const OptionSpec& s : option_specs()) {
+        CHECK((seen[s.name] & s.commands) == 0);  // another command may have another option of the name
+        seen[s.name] |= s.commands;
+    }
     for (const auto& f : attention_flags()) CHECK((!seen.count(f.first) || !(seen[f.first] & LAYER_OPTIONS)));
     // --window is a layer's option in training, and generate's own
     Options train = parsed({"train", "--window", "3"}), generate = parsed({"generate", "--window", "5"});
@@ -449,18 +452,19 @@ struct CountingTrainer : Trainer {
 
 TEST_CASE("loss: every token but the first is scored once, whatever the windows") {
     CountingTrainer trainer;
-    Dataset data = text_dataset("test", "abcdefghijklmnopqrstuvw<|endoftext|>xyz", make_tokenizer("bytes"));
+    Tokenizer bytes = make_tokenizer("bytes");
+    Dataset data = text_dataset("test", "abcdefghijklmnopqrstuvw<|endoftext|>xyz", bytes);
     double sum = 0;
     for (int64_t i = 1; i < data.num_tokens; i++) sum += (double)data[i];
     for (int64_t seq : {1, 2, 5, 16, 27, 100})
         for (int64_t rows : {1, 3, 50})
             for (bool mask : {false, true}) {
-                LossResult r = evaluate_loss(trainer, data, {seq, rows, 0, mask});
+                LossResult r = evaluate_loss(trainer, data, {seq, rows, 0, mask, 0, false, &bytes});
                 CHECK(r.tokens == data.num_tokens - 1);
                 CHECK(r.bytes == data.num_tokens - 2);
                 CHECK(r.loss == doctest::Approx(sum / (double)r.tokens).epsilon(1e-12));
             }
-    CHECK(evaluate_loss(trainer, data, {5, 2, 3, false}).tokens == 15);
+    CHECK(evaluate_loss(trainer, data, {5, 2, 3, false, 0, false, nullptr}).tokens == 15);
 }
 TEST_CASE("recall: right where every token is, over any packing; too long ones are not asked") {
     CountingTrainer trainer;
