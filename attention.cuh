@@ -13,6 +13,7 @@
 #include "gpt2/cuda/lightning.cuh"
 #include "gpt2/cuda/matmul.cuh"
 #include "gpt2/cuda/matvec.cuh"
+#include "gpt2/cuda/chain.cuh"
 #include "gpt2/cuda/merge.cuh"
 #include "gpt2/cuda/mla.cuh"
 #include "gpt2/cuda/residual.cuh"
@@ -54,6 +55,9 @@ struct AttentionContext {
     // extend of few tokens: x comes before its LayerNorm, whose parameters these are, and the linear layers are linear_few's (matvec.cuh). gain null: many
     // tokens, and x is normalised.
     NormParameters norm = {};
+    // ... and where these go: what is added to the chain is computed when it is launched. input_forward() and linear_forward() launch, so that kernels of a
+    // layer's own may follow; output_forward(), with which every layer ends, leaves that to whoever goes on.
+    Chain* chain = nullptr;
 
     // forward, recurrent layers: the memory (AttentionState::fixed) each sequence starts from and where it leaves its own, (num_seqs) pointers, null: empty,
     // nowhere. Null arrays: no sequence has one. The host's copies hold the same pointers.
@@ -83,25 +87,33 @@ inline const Attention& attention(const std::string& name);
 // out (N,OC) = [residual +] u·Wᵀ + b, u (N,IC).
 inline void linear_forward(const AttentionContext& ctx, floatX* out, const floatX* u, const floatX* w, const floatX* b, int64_t IC, int64_t OC,
                            const floatX* residual = nullptr) {
-    if (ctx.norm.gain)
-        linear_few(ctx.stream, out, u, nullptr, w, b, ctx.tokens(), IC, OC, false, residual, true);
-    else
+    if (ctx.norm.gain) {
+        ctx.chain->linear_few(out, u, nullptr, w, b, ctx.tokens(), IC, OC, false, residual);
+        ctx.chain->launch();
+    } else {
         linear_forward(ctx.stream, out, u, w, b, ctx.tokens(), IC, OC, residual);
+    }
 }
 // The same of a layer's input x (N,C).
 inline void input_forward(const AttentionContext& ctx, floatX* out, const floatX* x, const floatX* w, const floatX* b, int64_t OC) {
-    if (ctx.norm.gain)
-        linear_few(ctx.stream, out, x, &ctx.norm, w, b, ctx.tokens(), ctx.config->channels, OC, false, nullptr, true);
-    else
+    if (ctx.norm.gain) {
+        ctx.chain->linear_few(out, x, &ctx.norm, w, b, ctx.tokens(), ctx.config->channels, OC, false, nullptr);
+        ctx.chain->launch();
+    } else {
         linear_forward(ctx.stream, out, x, w, b, ctx.tokens(), ctx.config->channels, OC);
+    }
 }
 
 // The end of every layer: out = residual + Z⊙(o·Woᵀ + bo), o (N,D), Wo (C,D), bo (C) or null; Z is the residual branch's dropout.
 // Takes scratch for (N,C) floatX if there is dropout.
 inline void output_forward(const AttentionContext& ctx, const floatX* o, int64_t D, const floatX* wo, const floatX* bo, const floatX* residual, floatX* out) {
     int64_t N = ctx.tokens(), C = ctx.config->channels;
+    if (ctx.norm.gain) {
+        ctx.chain->linear_few(out, o, nullptr, wo, bo, N, D, C, false, residual);
+        return;
+    }
     if (ctx.dropout.p == 0) {
-        linear_forward(ctx, out, o, wo, bo, D, C, residual);
+        linear_forward(ctx.stream, out, o, wo, bo, N, D, C, residual);
         return;
     }
     Scratch scratch = ctx.scratch;
@@ -233,8 +245,26 @@ inline void causal_extend(const AttentionContext& ctx, const Tensors& parameters
     int64_t N = ctx.tokens(), C = a.channels, row = causal_state(a).per_token;
     AttentionContext rest = ctx;
     floatX *qkv = rest.scratch.take<floatX>(N * qkv_size(a)), *o = rest.scratch.take<floatX>(N * C);
-    input_forward(ctx, qkv, x, parameters["wqkv"], parameters["bqkv"], qkv_size(a));
     bool rotate = a.positions == Positions::ROPE, fresh = without_past(ctx), decode = !fresh && ctx.max_len <= MAX_DECODE_QUERIES;
+    SoftmaxAttention core = causal_core(ctx, qkv);
+    core.window = narrower_window(a["window"], ctx.window);
+    if (decode) {
+        core.cu_k = ctx.cu_kv;
+        core.max_k = ctx.max_kv;
+        core.states = ctx.states;
+        core.pages = ctx.pages;
+        core.v_offset = row / 2;
+    }
+    if (decode && ctx.norm.gain) {
+        ctx.chain->linear_few(qkv, x, &ctx.norm, parameters["wqkv"], parameters["bqkv"], N, C, qkv_size(a), false, nullptr);
+        if (ctx.chain->causal_token(core, ctx.position, rotate, o)) {
+            output_forward(rest, o, C, parameters["wo"], parameters["bo"], residual, out);
+            return;
+        }
+        ctx.chain->launch();
+    } else {
+        input_forward(ctx, qkv, x, parameters["wqkv"], parameters["bqkv"], qkv_size(a));
+    }
     bool overlap = ctx.norm.gain != nullptr;  // all launches before are kernels, and states and places were there before the first
     if (rotate && decode) {
         rope_append(ctx.stream, ctx.states, ctx.place, qkv, qkv_size(a), N, a.heads, a["kv-heads"], a.head_size(), ctx.position, overlap);
@@ -242,16 +272,9 @@ inline void causal_extend(const AttentionContext& ctx, const Tensors& parameters
         if (rotate) causal_rope(ctx, qkv, 1);
         append_rows(ctx.stream, ctx.states, ctx.place, qkv + C, qkv_size(a), (int)row, N, overlap);
     }
-    SoftmaxAttention core = causal_core(ctx, qkv);
-    core.window = narrower_window(a["window"], ctx.window);
     if (fresh) {
         softmax_forward(ctx.stream, core, o, C, nullptr);
     } else if (decode) {
-        core.cu_k = ctx.cu_kv;
-        core.max_k = ctx.max_kv;
-        core.states = ctx.states;
-        core.pages = ctx.pages;
-        core.v_offset = row / 2;
         softmax_decode(ctx.stream, core, o, C, nullptr, rest.scratch, overlap);
     } else {
         Scratch scratch = rest.scratch;

@@ -85,6 +85,7 @@ struct Gpt2 : Trainer {
     std::unique_ptr<StatePool<floatX, float, DeviceMemory>> pool;  // from the first sequence on
     TrainerOptions options;
     cudaStream_t stream = nullptr;  // a plan has none: it is made on machines without a GPU too
+    Chain chain;                    // layers of few tokens on their way to the GPU
 
     // What the last forward pass was given: backward goes on from it. Arrays are device memory unless a host's copy stands beside them.
     Batch batch;
@@ -142,7 +143,7 @@ struct Gpt2 : Trainer {
                                     attention(a.name).scratch(a, o.max_tokens, num_seqs, c.max_seq, training_kv_tokens(o.max_tokens, o.lanes > 0), o.training));
         }
         if (o.plan_only) return;
-        stream = main_stream();
+        chain.stream = stream = main_stream();
         scratch_need = std::max(scratch_need, encoder_backward_scratch(o.max_tokens, c.channels));
         for (size_t i = 0; i < params.specs.size(); i++)
             if (!masters.data[i]) masters.data[i] = params.data[i];
@@ -641,10 +642,11 @@ struct Gpt2 : Trainer {
         int64_t N = (int64_t)batch.tokens.size(), C = config.channels;
         floatX *mid = act(l, "mid"), *gelu = act(l, "gelu");
         ctx.norm = {param(l, "ln1.w"), param(l, "ln1.b")};
+        ctx.chain = &chain;
         NormParameters norm2 = {param(l, "ln2.w"), param(l, "ln2.b")};
         attention(config.attention[l].name).extend(ctx, attn_params[l], x, x, mid);
-        linear_few(stream, gelu, mid, &norm2, param(l, "mlp.wfc"), param(l, "mlp.bfc"), N, C, 4 * C, true, nullptr, true);
-        linear_few(stream, out, gelu, nullptr, param(l, "mlp.wproj"), param(l, "mlp.bproj"), N, 4 * C, C, false, mid, true);
+        chain.linear_few(gelu, mid, &norm2, param(l, "mlp.wfc"), param(l, "mlp.bfc"), N, C, 4 * C, true, nullptr);
+        chain.linear_few(out, gelu, nullptr, param(l, "mlp.wproj"), param(l, "mlp.bproj"), N, 4 * C, C, false, mid);
     }
 
     // The new tokens through all layers, to the rows of acts["x"].
@@ -678,13 +680,15 @@ struct Gpt2 : Trainer {
         int64_t N = (int64_t)batch.tokens.size(), C = config.channels, Vp = config.padded_vocab_size;
         const floatX *x = acts["x"], *wte = params["wte"];
         if (rows < N) {
+            chain.launch();
             gather_rows_kernel<<<(unsigned)rows, 256, 0, stream>>>(act(0, "ln1"), x, extension.last_rows + first, C);
             LAUNCH_CHECK();
             x = act(0, "ln1");
         }
         if (few_tokens()) {
             NormParameters norm = {params["lnf.w"], params["lnf.b"]};
-            linear_few(stream, acts["logits"], x, &norm, wte, nullptr, rows, C, Vp, false, nullptr, true);
+            chain.linear_few(acts["logits"], x, &norm, wte, nullptr, rows, C, Vp, false, nullptr);
+            chain.launch();
             return;
         }
         layernorm_forward(stream, acts["lnf"], acts["lnf.mean"], acts["lnf.rstd"], x, params["lnf.w"], params["lnf.b"], rows, C);
@@ -755,6 +759,7 @@ struct Gpt2 : Trainer {
         begin_extend(b, sequences, draws);
         int64_t rows = (int64_t)extension.answered_host.size(), chunk = logits_rows(options.max_tokens);
         extension.decode ? decode_step(o) : extend_pass();
+        chain.launch();
         for (int s = 0; s < b.num_seqs(); s++) {
             pool->sequences[sequences[s]].length += b.cu_seqlens[s + 1] - b.cu_seqlens[s];
             if (options.window > 0) pool->slide(sequences[s], options.window);
