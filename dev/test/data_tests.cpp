@@ -6,12 +6,9 @@
 
 #include <cmath>
 #include <cstring>
-#include <filesystem>
-#include <fstream>
-#include <string>
-#include <vector>
 
 #include "attention.h"
+#include "dev/test/testing.h"
 #include "gpt2/choices.h"
 #include "gpt2/dataloader.h"
 #include "gpt2/evaluate.h"
@@ -19,39 +16,7 @@
 
 bool trainer_on_gpu() { return false; }
 
-// A directory for this run.
-static const struct Directory {
-    std::string path;
-    Directory() {
-        char name[] = "/tmp/data_tests_XXXXXX";
-        if (!mkdtemp(name)) abort();
-        path = name;
-    }
-    ~Directory() { std::filesystem::remove_all(path); }
-    std::string operator/(const std::string& name) const { return path + "/" + name; }
-} directory;
-
-static std::string contents(const std::string& path) {
-    std::ifstream file(path, std::ios::binary);
-    return {std::istreambuf_iterator<char>(file), std::istreambuf_iterator<char>()};
-}
-template <class T>
-static std::string bytes_of(const std::vector<T>& v) {
-    return {(const char*)v.data(), v.size() * sizeof(T)};
-}
-
-// The error that f throws: its line, if the exit code is the expected one and each of `parts` is in it.
-template <class F>
-static void check_error(int exit_code, const std::vector<std::string>& parts, F f) {
-    try {
-        f();
-        FAIL_CHECK("no error, expected '" << parts[0] << "'");
-    } catch (const Error& e) {
-        CHECK(e.exit_code == exit_code);
-        for (const std::string& part : parts)
-            CHECK_MESSAGE(std::string(e.what()).find(part) != std::string::npos, "'" << part << "' is not in: " << std::string(e.what()));
-    }
-}
+static const TemporaryDirectory directory;
 
 // ----------------------------------------------------------------------------
 // Shards

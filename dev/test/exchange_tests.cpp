@@ -12,41 +12,13 @@
 #include <filesystem>
 #include <functional>
 
+#include "dev/test/testing.h"
 #include "gpt2/convert.h"
 #include "gpt2/shards.h"
 
 namespace fs = std::filesystem;
 static const std::string fixtures = "dev/reference/outputs/exchange/";
 
-// A directory of its own for each test, gone behind it.
-struct Scratch {
-    std::string path;
-    Scratch() {
-        char name[] = "/tmp/exchange_tests.XXXXXX";
-        path = mkdtemp(name);
-    }
-    ~Scratch() { fs::remove_all(path); }
-    std::string operator/(const std::string& name) const { return path + "/" + name; }
-};
-
-// The line of the error must hold all of `parts`.
-static void check_error(int exit_code, const std::vector<std::string>& parts, const std::function<void()>& f) {
-    try {
-        f();
-        FAIL_CHECK("no error");
-    } catch (const Error& e) {
-        CHECK(e.exit_code == exit_code);
-        std::string line = e.what();
-        CAPTURE(line);
-        for (const std::string& part : parts) CHECK_MESSAGE(line.find(part) != std::string::npos, part);
-        CHECK(line.find('\n') == std::string::npos);
-    }
-}
-
-static std::string contents(const std::string& path) {
-    MappedFile f(path);
-    return std::string((const char*)f.data, f.size);
-}
 static void convert_to(const std::string& from, const std::string& to, const std::string& out, const std::string& dtype = "") {
     convert({from, to, out, dtype, ""});
 }
@@ -166,7 +138,7 @@ TEST_CASE("models saved by transformers have the logits here that they have ther
 }
 
 TEST_CASE("theirs, ours, theirs: the same bits") {
-    Scratch d;
+    TemporaryDirectory d;
     convert_to(fixtures + "gpt2", "attn", d / "ours");
     convert_to(d / "ours", "hf", d / "theirs");
     check_same_tensors(SafeTensorsFile(fixtures + "gpt2/model.safetensors"), SafeTensorsFile(d / "theirs/model.safetensors"));
@@ -209,7 +181,7 @@ static Loose& named(std::vector<Loose>& list, const std::string& name) {
 }
 
 TEST_CASE("what old and other versions save beside the parameters") {
-    Scratch d;
+    TemporaryDirectory d;
     ModelFile plain = open_model(fixtures + "gpt2");
     altered(d / "masks", [](std::vector<Loose>& list) {
         for (Loose& t : list) t.name = without_prefix(t.name);
@@ -235,7 +207,7 @@ TEST_CASE("what old and other versions save beside the parameters") {
 }
 
 TEST_CASE("tensors that are not GPT-2's are refused by name") {
-    Scratch d;
+    TemporaryDirectory d;
     auto refused = [&](const std::vector<std::string>& parts, const std::function<void(std::vector<Loose>&)>& change) {
         altered(d / "model", change);
         check_error(EXIT_DATA, parts, [&] { open_model(d / "model"); });
@@ -324,7 +296,7 @@ TEST_CASE("an index names files beside it, and each tensor is where it says") {
     for (const char* text : {"", "{}", R"({"weight_map": []})", R"({"weight_map": {}})", R"({"weight_map": {"a": 1}})", R"({"weight_map": {"a": ""}})",
                              R"({"weight_map": {"a": "../b"}})", R"({"weight_map": {"a": "/etc/passwd"}})", R"({"weight_map": {"a": "b\u0000c"}})"})
         CHECK_MESSAGE(!parse(text), text);
-    Scratch d;
+    TemporaryDirectory d;
     auto copy = [&](const std::function<void(nlohmann::json&)>& change) {
         fs::remove_all(d / "m");
         fs::copy(fixtures + "gpt2_parts", d / "m");
@@ -349,7 +321,7 @@ TEST_CASE("an index names files beside it, and each tensor is where it says") {
 // llm.c
 
 TEST_CASE("llm.c's file: its layout, and back again bit for bit with the same loss") {
-    Scratch d;
+    TemporaryDirectory d;
     for (bool narrow : {false, true}) {
         ModelFile m = make_model("causal", "", narrow);
         write_own(m, d / (narrow ? "own16" : "own"), m.dtype);
@@ -377,7 +349,7 @@ TEST_CASE("llm.c's file: its layout, and back again bit for bit with the same lo
 }
 
 TEST_CASE("an embedding padded otherwise, as another program may") {
-    Scratch d;
+    TemporaryDirectory d;
     ModelFile m = make_model("causal");
     write_llmc(m, d / "m.bin", "F32");
     std::string bytes = contents(d / "m.bin"), other = bytes;
@@ -390,7 +362,7 @@ TEST_CASE("an embedding padded otherwise, as another program may") {
 }
 
 TEST_CASE("headers of llm.c that cannot be") {
-    Scratch d;
+    TemporaryDirectory d;
     write_llmc(make_model("causal"), d / "m.bin", "F32");
     const std::string good = contents(d / "m.bin");
     LlmcModel out;
@@ -431,7 +403,7 @@ TEST_CASE("every layer's checkpoint, in float32 and bf16, back again bit for bit
     for (const char* attention :
          {"causal:kv-heads=1:window=5", "infini:segment=4", "lightning", "mla:q-lora-rank=6", "causal,infini:segment=4,lightning,mla"}) {
         CAPTURE(attention);
-        Scratch d;
+        TemporaryDirectory d;
         ModelFile m = make_model(attention), narrow = make_model(attention, "", true);
         write_own(m, d / "a", "F32");
         check_same_model(m, open_model(d / "a"));
@@ -459,7 +431,7 @@ TEST_CASE("what GPT-2 does not have is not left out in silence") {
                  {"causal*2,lightning,causal", "learned", "layer 2 is lightning"},
                  {"infini:segment=4", "learned", "layer 0 is infini"},
                  {"mla", "learned", "layer 0 is mla"}};
-    Scratch d;
+    TemporaryDirectory d;
     for (const auto& c : cases) {
         CAPTURE(c.attention);
         ModelFile m = make_model(c.attention, c.positions);
@@ -473,7 +445,7 @@ TEST_CASE("what GPT-2 does not have is not left out in silence") {
 }
 
 TEST_CASE("attention modules: names, q, k and v of a head together, nothing else moved") {
-    Scratch d;
+    TemporaryDirectory d;
     ModelFile m = make_model("lightning,mla,mla:q-lora-rank=6,causal");
     write_hf_attention(m, d / "out", "F32");
     SafeTensorsFile file(d / "out/model.safetensors");
@@ -587,7 +559,7 @@ struct Gguf {
 };
 
 TEST_CASE("GGUF: keys, names, shapes and numbers") {
-    Scratch d;
+    TemporaryDirectory d;
     ModelFile m = make_model("causal", "", false, 12);  // few tensors end at a multiple of 32 bytes
     for (const char* dtype : {"F32", "F16", "BF16"}) {
         CAPTURE(dtype);
@@ -651,7 +623,7 @@ TEST_CASE("GGUF: a tokenizer of bytes, and a vocabulary's") {
 // The command, and training from a model
 
 TEST_CASE("what the input is, its content says") {
-    Scratch d;
+    TemporaryDirectory d;
     write_file(d / "text", "hello");
     write_file(d / "empty", "");
     write_file(d / "gguf", "GGUF\3");
@@ -667,7 +639,7 @@ TEST_CASE("what the input is, its content says") {
 }
 
 TEST_CASE("outputs appear whole, or not at all, and replace nothing") {
-    Scratch d;
+    TemporaryDirectory d;
     for (const char* to : {"attn", "hf", "llmc", "gguf"}) {
         convert_to(fixtures + "gpt2", to, d / to);
         std::string before = fs::is_directory(d / to) ? contents(d / to + "/model.safetensors") : contents(d / to);
@@ -713,7 +685,7 @@ TEST_CASE("the tokenizer of numbers has a name for each vocabulary") {
 }
 
 // The program's exit status; what it says last on standard error is in `line`.
-static int run_program(const Scratch& d, const std::string& arguments, std::string& line) {
+static int run_program(const TemporaryDirectory& d, const std::string& arguments, std::string& line) {
     const char* path = getenv("TRAIN_GPT2");
     std::string command = std::string(path ? path : "./train_gpt2") + " " + arguments + " >" + (d / "out.txt") + " 2>" + (d / "err.txt");
     int status = system(command.c_str());
@@ -722,7 +694,7 @@ static int run_program(const Scratch& d, const std::string& arguments, std::stri
 }
 
 TEST_CASE("training, evaluation and generation start from a model of each kind") {
-    Scratch d;
+    TemporaryDirectory d;
     std::vector<int32_t> header = shard_header(2, 200);
     std::string shard((const char*)header.data(), header.size() * 4), line;
     for (uint16_t i = 0; i < 200; i++) {

@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "attention.h"
+#include "dev/test/testing.h"
 #include "gpt2/evaluate.h"
 #include "gpt2/generate.h"
 #include "gpt2/log.h"
@@ -309,22 +310,20 @@ TEST_CASE("options that depend on others are settled") {
     CHECK(refused({"train", "--batch", "1000000", "--seq", "10000", "--max-seq", "10000"}).find("2^31") != std::string::npos);
 }
 TEST_CASE("a run's options come back from its config.json") {
-    char name[] = "/tmp/run_test_XXXXXX";
-    REQUIRE(mkdtemp(name));
+    TemporaryDirectory run;
     Options o = parsed({"train", "--lr", "0.1", "--doc-mask", "--seed", "9007199254740992", "--data", "a \"b\"", "--window", "3", "--layers", "2"});
     resolve_options(o);
     o.positions = "learned";
     o.tokenizer = "bytes";
-    write_run_config(name, o, model_config(o, 257));
-    Options back = read_run_options(name);
+    write_run_config(run.path, o, model_config(o, 257));
+    Options back = read_run_options(run.path);
     for (const OptionSpec& s : option_specs()) CHECK(option_json(back, s) == option_json(o, s));
     CHECK(back.attention_options == o.attention_options);
-    CHECK(holds_run(name));
+    CHECK(holds_run(run.path));
     ModelConfig c = model_config(o, 257), d = model_from_json(model_json(c), "test");
     CHECK(model_json(d) == model_json(c));
-    unlink((std::string(name) + "/config.json").c_str());
-    CHECK(!holds_run(name));
-    rmdir(name);
+    unlink((run / "config.json").c_str());
+    CHECK(!holds_run(run.path));
 }
 
 // ----------------------------------------------------------------------------

@@ -4,7 +4,7 @@
 //
 // Where the code is fast, a slow and plain version stands here, which shares nothing with it. What needs GPT-2's vocabulary looks for it in
 // ../shared/data/gpt2, or in $GPT2_VOCABULARY; a vocabulary of our own, trained here, serves everywhere else.
-#define DOCTEST_CONFIG_IMPLEMENT
+#define DOCTEST_CONFIG_IMPLEMENT_WITH_MAIN
 #define DOCTEST_CONFIG_SUPER_FAST_ASSERTS  // fast to compile
 #include <doctest/doctest.h>
 
@@ -15,6 +15,7 @@
 #include <map>
 #include <random>
 
+#include "dev/test/testing.h"
 #include "gpt2/bpe_train.h"
 #include "gpt2/corpus.h"
 #include "gpt2/files.h"
@@ -28,7 +29,7 @@ using Random = std::mt19937_64;
 
 static size_t below(Random& random, size_t n) { return (size_t)(random() % n); }
 
-static std::string directory;  // for temporary files; main makes and removes it
+static const TemporaryDirectory directory;
 
 // Pieces that splitting treats apart, and bytes that are no characters.
 static const std::vector<std::string> pieces = {"a",
@@ -160,19 +161,6 @@ static std::shared_ptr<const Bpe> gpt2() {
     if (std::filesystem::exists(path + "/vocab.bpe")) return load_bpe(path);
     printf("skipped: a test that needs GPT-2's encoder.json and vocab.bpe, which are not in %s\n", path.c_str());
     return nullptr;
-}
-
-template <class F>
-static void check_error(int exit_code, std::vector<std::string> parts, F f) {
-    try {
-        f();
-        FAIL_CHECK("no error; expected one with '" << parts[0] << "'");
-    } catch (const Error& e) {
-        std::string line = e.what();
-        CHECK_MESSAGE(e.exit_code == exit_code, line);
-        CHECK_MESSAGE(line.find('\n') == std::string::npos, line);
-        for (const std::string& part : parts) CHECK_MESSAGE(line.find(part) != std::string::npos, "'" << part << "' is not in: " << line);
-    }
 }
 
 // ---------------------------------------------------------------------------------------------------------------------------------------------------------
@@ -406,7 +394,7 @@ TEST_CASE("vocabulary: identity") {
     exchanged.merges = "#version: 0.2\nc d\na b\n";
     CHECK(parse(exchanged).checksum() != parse(two).checksum());
 
-    std::string path = directory + "/vocabulary";
+    std::string path = directory / "vocabulary";
     std::filesystem::create_directory(path);
     write_file(path + "/encoder.json", files.json);
     check_error(EXIT_DATA, {"vocab.bpe"}, [&] { make_tokenizer(path); });
@@ -538,7 +526,7 @@ TEST_CASE("blocks: wherever a text is cut, the tokens are the same") {
         const auto& kind = kinds[below(random, 5)];
         std::string text;
         for (size_t n = below(random, 120); n > 0; n--) text += below(random, 30) ? kind[below(random, kind.size())] : std::string("<|endoftext|>\n");
-        std::ofstream(directory + "/text", std::ios::binary) << text;
+        std::ofstream(directory / "text", std::ios::binary) << text;
         BlockOptions o;
         o.block = 1 + below(random, 50);
         o.round = 1 + below(random, 150);
@@ -546,11 +534,11 @@ TEST_CASE("blocks: wherever a text is cut, the tokens are the same") {
             o.documents = true;
             EncodedPart all;
             CorpusEncoder(*t, 4).encode(text, all);
-            REQUIRE_MESSAGE(encode_in_blocks(*t, directory + "/text", o) == all.tokens, text);
+            REQUIRE_MESSAGE(encode_in_blocks(*t, directory / "text", o) == all.tokens, text);
             o.documents = false;
             Ids whole;
             CorpusEncoder(*t, 4).encode_text(text, whole);
-            REQUIRE_MESSAGE(encode_in_blocks(*t, directory + "/text", o) == whole, text);
+            REQUIRE_MESSAGE(encode_in_blocks(*t, directory / "text", o) == whole, text);
         }
     }
 }
@@ -558,11 +546,11 @@ TEST_CASE("blocks: wherever a text is cut, the tokens are the same") {
 TEST_CASE("blocks: a text without end takes little memory") {
     std::string text;
     while (text.size() < 200000) text += "\xe4\xb8\xad\xe6\x96\x87\xe3\x80\x82";  // words of two characters, no white space
-    write_file(directory + "/text", text);
+    write_file(directory / "text", text);
     BlockOptions o;
     o.block = 500;
     o.round = 4000;
-    TextBlocks blocks(directory + "/text", o);
+    TextBlocks blocks(directory / "text", o);
     size_t bytes = 0, largest = 0;
     while (true) {
         auto& list = blocks.next();
@@ -577,7 +565,7 @@ TEST_CASE("blocks: a text without end takes little memory") {
     CHECK(blocks.size == text.size());
     CHECK(largest <= o.round);
     check_error(EXIT_DATA, {"gone"}, [] { TextBlocks("gone", BlockOptions()); });
-    check_error(EXIT_DATA, {directory}, [] { TextBlocks(directory, BlockOptions()).next(); });
+    check_error(EXIT_DATA, {directory.path}, [] { TextBlocks(directory.path, BlockOptions()).next(); });
 }
 
 TEST_CASE("corpora: documents") {
@@ -593,18 +581,9 @@ TEST_CASE("corpora: documents") {
     CHECK(shown("a<|endoftext|b") == "#a<|endoftext|b");
 }
 
-TEST_CASE("corpora: many short documents take the time of one long one") {
+TEST_CASE("corpora: many short documents") {
     Tokenizer t = make_tokenizer(std::make_shared<const Bpe>(own()));
     std::string text;
     for (int i = 0; i < 200000; i++) text += "the<|endoftext|>\n";
     CHECK(t.encode_corpus(text).size() == 200000 * (1 + encode(own(), "the").size()));
-}
-
-int main(int argc, char** argv) {
-    directory = (std::filesystem::temp_directory_path() / ("tokenizer_tests." + std::to_string(getpid()))).string();
-    std::filesystem::create_directories(directory);
-    doctest::Context context(argc, argv);
-    int status = context.run();
-    std::filesystem::remove_all(directory);
-    return status;
 }

@@ -3,7 +3,7 @@
 //     unit_tests [--list-test-cases] [--test-case=PATTERN]
 //
 // Parsers get their bytes in a block of exactly that size, so that the address sanitizer sees a single byte read beyond the end.
-#define DOCTEST_CONFIG_IMPLEMENT
+#define DOCTEST_CONFIG_IMPLEMENT_WITH_MAIN
 #define DOCTEST_CONFIG_SUPER_FAST_ASSERTS  // fast to compile
 #include <doctest/doctest.h>
 
@@ -17,6 +17,7 @@
 #include <sys/resource.h>
 
 #include "attention.h"
+#include "dev/test/testing.h"
 #include "gpt2/config.h"
 #include "gpt2/dataloader.h"
 #include "gpt2/files.h"
@@ -28,37 +29,12 @@
 // ---------------------------------------------------------------------------------------------------------------------------------------------------------
 // Tools
 
-static std::string directory;  // for temporary files; main makes and removes it
-
-static std::string temporary(const std::string& name) { return directory + "/" + name; }
-
-static std::string contents(const std::string& path) {
-    std::ifstream f(path, std::ios::binary);
-    return std::string(std::istreambuf_iterator<char>(f), {});
-}
+static const TemporaryDirectory directory;
+static std::string temporary(const std::string& name) { return directory / name; }
 
 static std::string put(const std::string& name, const std::string& bytes) {
     std::ofstream(temporary(name), std::ios::binary) << bytes;
     return temporary(name);
-}
-
-template <class T>
-static std::string bytes_of(const std::vector<T>& v) {
-    return std::string((const char*)v.data(), v.size() * sizeof(T));
-}
-
-// Runs `f`, which must throw an Error with that exit code whose line holds each of `parts`.
-template <class F>
-static void check_error(int exit_code, std::vector<std::string> parts, F f) {
-    try {
-        f();
-        FAIL_CHECK("no error; expected one with '" << parts[0] << "'");
-    } catch (const Error& e) {
-        std::string line = e.what();
-        CHECK_MESSAGE(e.exit_code == exit_code, line);
-        CHECK_MESSAGE(line.find('\n') == std::string::npos, line);
-        for (const std::string& part : parts) CHECK_MESSAGE(line.find(part) != std::string::npos, "'" << part << "' is not in: " << line);
-    }
 }
 
 // Independent of the code under test: the JSON library refuses to write what is not UTF-8.
@@ -350,7 +326,7 @@ TEST_CASE("safetensors: what a user gets to read") {
     write_safetensors(temporary("large"), {tensor_to_write("large", "I64", {}, &large)});
     check_error(EXIT_DATA, {"2147483648", "32 bits"}, [&] { SafeTensorsFile(temporary("large")).copy("large", {}, n.data()); });
     check_error(EXIT_DATA, {path + ".gone", "No such file"}, [&] { SafeTensorsFile g(path + ".gone"); });
-    check_error(EXIT_DATA, {directory, "not a regular file"}, [&] { SafeTensorsFile g(directory); });
+    check_error(EXIT_DATA, {directory.path, "not a regular file"}, [&] { SafeTensorsFile g(directory.path); });
     check_error(EXIT_DATA, {"empty'", "too few"}, [&] { SafeTensorsFile g(put("empty", "")); });
     check_error(EXIT_DATA, {"cut'", "cut short"}, [&] { SafeTensorsFile g(put("cut", contents(path).substr(0, 100))); });
 }
@@ -628,7 +604,7 @@ TEST_CASE("dataset: what --data may name") {
     check_error(EXIT_DATA, {"model.bin", "neither"}, [&] { open_dataset(put("model.bin", shard_header(20240326, 3, 1)), bytes); });
     put("text2.txt", "Only shards go together.");
     check_error(EXIT_DATA, {"text.txt", "magic"}, [&] { open_dataset(temporary("text*.txt"), bytes); });
-    check_error(EXIT_DATA, {directory, "regular"}, [&] { open_dataset(directory, bytes); });
+    check_error(EXIT_DATA, {directory.path, "regular"}, [&] { open_dataset(directory.path, bytes); });
 }
 
 TEST_CASE("dataset: the last tenth") {
@@ -1225,17 +1201,4 @@ TEST_CASE("100,000 random requests to the page allocator") {
         CHECK(pool.pages_left() == 60);
         CHECK(pool.bytes() == 0);
     }
-}
-
-int main(int argc, char** argv) {
-    const char* base = getenv("TMPDIR");
-    directory = std::string(base && *base ? base : "/tmp") + "/unit_tests.XXXXXX";
-    if (!mkdtemp(&directory[0])) {
-        fprintf(stderr, "cannot make a directory '%s': set TMPDIR to a writable one\n", directory.c_str());
-        return EXIT_DATA;
-    }
-    doctest::Context context(argc, argv);
-    int status = context.run();
-    std::filesystem::remove_all(directory);
-    return status;
 }
