@@ -441,6 +441,12 @@ struct Gpt2 : Trainer {
     // columns on the way: the projections' bias gradients. These are they; null: there is dropout (the projection's own backward pass sums), or no bias.
     float* mlp_summed(int l) const { return dropout_of(l).p > 0 ? nullptr : grad(l, "mlp.bproj"); }
     float* attention_summed(int l) const { return dropout_of(l).p > 0 || attn_grads[l].find("bo") < 0 ? nullptr : (float*)attn_grads[l]["bo"]; }
+    // Likewise the first LayerNorm sums dx by position, the gradient of wpe, if all sequences are as long as the longest. Else encoder_backward does.
+    PositionSums positions_summed() const {
+        bool equal = (int64_t)batch.num_seqs() * max_len == (int64_t)batch.tokens.size();
+        bool sums = wpe<float>(grads) && equal && dropout_of(0).p == 0 && layernorm_sums_positions(max_len, config.channels);
+        return sums ? PositionSums{wpe<float>(grads), max_len} : PositionSums{};
+    }
 
     // dx (N,C), the gradient of the block's output, becomes that of `mid`, its middle.
     void mlp_backward(int l, floatX* dx) {
@@ -464,6 +470,7 @@ struct Gpt2 : Trainer {
         assert(pass.training);
         int64_t N = (int64_t)batch.tokens.size(), C = config.channels;
         floatX *dx = dacts["x"], *dln = dacts["ln"];
+        PositionSums positions = positions_summed();
         layernorm_backward(stream, dx, false, grads["lnf.w"], grads["lnf.b"], dln, acts["x"], acts["lnf.mean"], acts["lnf.rstd"], params["lnf.w"], N, C,
                            mlp_summed(config.layers - 1));
         for (int l = config.layers - 1; l >= 0; l--) {
@@ -474,13 +481,13 @@ struct Gpt2 : Trainer {
             ctx.summed = attention_summed(l);
             attention(config.attention[l].name).backward(ctx, attn_params[l], attn_grads[l], attn_saved[l], act(l, "ln1"), dx, dln);
             layernorm_backward(stream, dx, true, grad(l, "ln1.w"), grad(l, "ln1.b"), dln, act(l, "x"), act(l, "ln1.mean"), act(l, "ln1.rstd"),
-                               param(l, "ln1.w"), N, C, l > 0 ? mlp_summed(l - 1) : nullptr);
+                               param(l, "ln1.w"), N, C, l > 0 ? mlp_summed(l - 1) : nullptr, l > 0 ? PositionSums{} : positions);
         }
         DropoutKey dropout = dropout_of(0);
         if (dropout.p > 0) dropout_add(stream, dx, nullptr, dx, dropout, DROP_EMBEDDING, place, N, C);
         scratch.reserve(encoder_backward_scratch(N, C));
-        encoder_backward(stream, grads["wte"], wpe<float>(grads), dx, tokens, token_plan, cu_seqlens, batch.num_seqs(), max_len, N, C,
-                         {scratch.memory, scratch.size});
+        encoder_backward(stream, grads["wte"], positions.sums ? nullptr : wpe<float>(grads), dx, tokens, token_plan, cu_seqlens, batch.num_seqs(), max_len, N,
+                         C, {scratch.memory, scratch.size});
     }
 
     // ---- update ----------------------------------------------------------------------------------------------------------------------------------

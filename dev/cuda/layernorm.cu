@@ -27,7 +27,9 @@
 //   5. Version 4 loads nothing while it computes and waits at its barriers, other blocks have to fill that time. Now the next rows are always on their way,
 //      through cp.async into shared memory, 147 KB a multiprocessor where Little's law asks for some 20; groups of a block no longer wait for each other;
 //      and the partial sums (a fifth of what version 4 leaves) are added up in the same launch (norm_backward_kernel5). Expected: 92 % of the copy's bandwidth
-//      for 768 columns. The sums over the columns of dx come with it, which elsewhere cost a pass of their own: they are in registers anyway.
+//      for 768 columns. The sums over the columns of dx come with it, which elsewhere cost a pass of their own: they are in registers anyway. So are the sums
+//      over rows of one position of all sequences, the gradient of wpe, if a group takes its rows in that order: PositionSums, for the network's first
+//      LayerNorm. 6 MB more are read and written for T = 1024 positions (2 µs), and the encoder's backward pass no longer reads dx a second time for them.
 #define GPT2_NO_MAIN
 #include "../../train_gpt2.cpp"
 
@@ -61,6 +63,7 @@ struct Backward {
     const floatX* w;
     int64_t N, C;
     float* dx_sums = nullptr;
+    PositionSums positions = {};
 };
 
 // ---- forward -------------------------------------------------------------------------------------------------------------------------------------------
@@ -280,7 +283,7 @@ static bool backward(int version, cudaStream_t stream, const Backward& b) {
         if (!aligned || b.C > NORM_BACKWARD4_THREADS * W) return false;
         backward4<CENTRED>(stream, b);
     } else if (CENTRED) {
-        layernorm_backward(stream, b.dx, b.accumulate, b.dw, b.db, b.dy, b.x, b.mean, b.rstd, b.w, b.N, b.C, b.dx_sums);
+        layernorm_backward(stream, b.dx, b.accumulate, b.dw, b.db, b.dy, b.x, b.mean, b.rstd, b.w, b.N, b.C, b.dx_sums, b.positions);
     } else {
         rmsnorm_backward(stream, b.dx, b.dx_stride, b.dw, b.dy, b.dy_stride, b.x, b.x_stride, b.rstd, b.w, b.N, b.C);
     }
@@ -295,12 +298,14 @@ struct Shape {
     int64_t N, C;
     int64_t x_gap = 0, y_gap = 0;
     Destination to = OVERWRITE;
+    int64_t T = 0;  // rows are sequences of T, and dx is summed by position; 0: not
     int64_t x_stride() const { return C + x_gap; }
     int64_t y_stride() const { return C + y_gap; }
     std::string name() const {
         std::string s = format("N=%lld C=%lld", (long long)N, (long long)C);
         if (x_gap || y_gap) s += format(" strides %lld %lld", (long long)x_stride(), (long long)y_stride());
-        return s + (to == ADD ? " adding" : to == IN_PLACE ? " in place" : "");
+        s += to == ADD ? " adding" : to == IN_PLACE ? " in place" : "";
+        return T ? s + format(" positions T=%lld", (long long)T) : s;
     }
 };
 
@@ -377,6 +382,17 @@ static void check_backward(Ladder& ladder, const Shape& s) {
         return version == 5 &&
                backward<CENTRED>(version, ladder.stream, {d_dx, C, s.to == ADD, d_dw, d_db, d_dy, C, d_x, C, d_mean, d_rstd, d_w, N, C, d_sums});
     });
+    if (s.T == 0) return;
+    std::vector<float> by_position = random_numbers(s.T * C, 8), by_position_reference = by_position;
+    for (int64_t i = 0; i < N * C; i++) by_position_reference[i % (s.T * C)] += dx_reference[i];
+    DeviceArray<float> d_by_position(s.T * C);
+    outputs.back() = accumulated("dx by position", d_by_position, by_position, by_position_reference, 2e-5);
+    ladder.check(s.name(), outputs, [&](int version) {
+        CUDA_CHECK(cudaMemsetAsync(workspace(), 0xff, WORKSPACE_BYTES, ladder.stream));
+        PositionSums positions = {d_by_position, (int)s.T};
+        return version == 5 &&
+               backward<CENTRED>(version, ladder.stream, {d_dx, C, s.to == ADD, d_dw, d_db, d_dy, C, d_x, C, d_mean, d_rstd, d_w, N, C, nullptr, positions});
+    });
 }
 
 // For timing: a million random numbers again and again.
@@ -403,12 +419,18 @@ static void time_backward(Ladder& ladder, const Shape& s) {
     int64_t N = s.N, C = s.C;
     DeviceArray<floatX> x(repeated_numbers(N * s.x_stride(), 1)), dy(repeated_numbers(N * s.y_stride(), 2)), dx(repeated_numbers(N * s.y_stride(), 3));
     DeviceArray<floatX> w(random_numbers(C, 4)), y(N * s.y_stride()), b(random_numbers(C, 5));
-    DeviceArray<float> mean(N), rstd(N), dw(random_numbers(C, 6)), db(random_numbers(C, 7)), sums(random_numbers(C, 8));
+    DeviceArray<float> mean(N), rstd(N), dw(random_numbers(C, 6)), db(random_numbers(C, 7)), sums(random_numbers(C, 8)),
+        by_position(std::vector<float>(s.T * C));
     forward<CENTRED>(4, ladder.stream, {y, s.y_stride(), mean, rstd, x, s.x_stride(), w, b, N, C});
     double numbers = (double)N * C;
-    ladder.time(s.name(), {16 * numbers, (s.to == ADD ? 4 : 3) * numbers * sizeof(floatX)}, [&](int version) {
+    double bytes = (s.to == ADD ? 4 : 3) * numbers * sizeof(floatX) + 2.0 * s.T * C * sizeof(float);
+    ladder.time(s.name(), {16 * numbers, bytes}, [&](int version) {
+        if (s.T && version != 5) return false;
         Backward b = {dx, s.y_stride(), s.to == ADD, dw, db, dy, s.y_stride(), x, s.x_stride(), mean, rstd, w, N, C};
-        if (CENTRED) b.dx_sums = sums;  // version 5 alone
+        if (CENTRED && s.T)  // version 5 alone does either
+            b.positions = {by_position, (int)s.T};
+        else if (CENTRED)
+            b.dx_sums = sums;
         return backward<CENTRED>(version, ladder.stream, b);
     });
 }
@@ -431,7 +453,13 @@ int main(int argc, char** argv) {
         Ladder backward_ladder("layernorm_backward", backward_versions, argc, argv);
         for (Shape s : shapes)
             for (Destination to : {OVERWRITE, ADD}) s.to = to, check_backward<true>(backward_ladder, s);
-        for (int64_t C : {768, 1600}) time_backward<true>(backward_ladder, {65536, C, 0, 0, ADD});
+        // Positions: one, a few, and several for each group; one sequence, odd numbers of them; rows of several warps.
+        const std::vector<Shape> by_position = {{1, 8, 0, 0, ADD, 1},         {15, 40, 0, 0, ADD, 5},
+                                                {2000, 256, 0, 0, ADD, 2000}, {600, 768, 0, 0, OVERWRITE, 300},
+                                                {4400, 768, 0, 0, ADD, 1100}, {231, 1600, 0, 0, ADD, 33}};
+        for (const Shape& s : by_position) check_backward<true>(backward_ladder, s);
+        for (int64_t C : {768, 1600})
+            for (int64_t T : {0, 1024}) time_backward<true>(backward_ladder, {65536, C, 0, 0, ADD, T});
         failed |= backward_ladder.finish();
     }
     {

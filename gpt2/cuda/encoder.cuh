@@ -9,7 +9,8 @@
 // orders; dout is larger than the L2 cache, a *slice* of its columns is not. So one kernel goes from slice to slice: first the positions' sums, then the
 // tokens', which find the slice in the cache.
 //
-// Positions count up in each sequence, so the rows of one position are known: one in each sequence that is long enough. A block adds them up.
+// Positions count up in each sequence, so the rows of one position are known: one in each sequence that is long enough. A block adds them up. Where all
+// sequences have one length the kernel that makes dout has done that already (layernorm_backward, PositionSums), and the tokens are all that is left to do.
 //
 // For the tokens the row numbers are sorted by token, on the host while the GPU is busy with the steps before: then each table row's sum is a *run* of
 // neighbours in the sorted list. Runs have all lengths; a block takes a *piece* of 128 entries whatever runs it cuts, each of its warps a share of 32. A run

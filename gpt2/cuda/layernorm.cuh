@@ -249,32 +249,55 @@ __global__ void norm_columns_kernel3(float* partial, const floatX* dy, int64_t d
     if constexpr (CENTRED) store_numbers<W>(sums + C, db);
 }
 
+// Where the rows are sequences of T tokens, one behind the other: sums (T,C) += Σ over the sequences of dx's rows, position by position.
+struct PositionSums {
+    float* sums = nullptr;
+    int T = 1;
+};
+
 // Both in one pass. A thread owns one vector of columns, for all rows of its group: w and the sums for dw, db and the columns of dx stay in its registers.
 // blockDim.x threads (whole warps) make a row, blockDim.y such groups a block, one block fills a multiprocessor. A group takes ROWS rows at a time, so that one
 // barrier of its warps serves them all; what it reads of the next rows is on its way into shared memory meanwhile, STAGES deep: each thread fetches what it
 // will itself use, so that needs no barrier. At the end the groups' sums are added up, and all blocks' (bias.cuh). dx may be dy.
+//
+// The rows that a group takes at a time are neighbours. With PositionSums they are those of one position in neighbouring sequences: the group goes through all
+// sequences with the position's sum in its registers, adds it to the table, and goes on to its next position. All groups go through the sequences side by
+// side, so that together they still read memory from its beginning to its end.
 constexpr int NORM_BACKWARD_THREADS = 640;  // at most: so many vectors a row may have
 constexpr int NORM_BACKWARD_ROWS = 2, NORM_BACKWARD_STAGES = 3;
 template <bool CENTRED>
 __global__ void __launch_bounds__(NORM_BACKWARD_THREADS, 1)
-    norm_backward_kernel5(floatX* dx, int64_t dx_stride, bool accumulate, ColumnSums sums, float* partial, const floatX* dy, int64_t dy_stride, const floatX* x,
-                          int64_t x_stride, const float* mean, const float* rstd, const floatX* w, int64_t N, int C) {
+    norm_backward_kernel5(floatX* dx, int64_t dx_stride, bool accumulate, ColumnSums sums, PositionSums positions, float* partial, const floatX* dy,
+                          int64_t dy_stride, const floatX* x, int64_t x_stride, const float* mean, const float* rstd, const floatX* w, int64_t N, int C) {
     constexpr int W = Packed<floatX>::size, ROWS = NORM_BACKWARD_ROWS, STAGES = NORM_BACKWARD_STAGES;
     extern __shared__ int4 ring[];                                  // [stage][row][dy, x, dx if it is added to][thread]
     __shared__ float2 shared[2][NORM_BACKWARD_THREADS / 32][ROWS];  // [round % 2][warp][row]: Σ t, Σ t⊙x̂
     int lane = threadIdx.x % 32, warps = blockDim.x / 32, first_warp = threadIdx.y * warps, c = threadIdx.x * W, arrays = 2 + accumulate;
     int threads = blockDim.x * blockDim.y, thread = threadIdx.y * blockDim.x + threadIdx.x;
     bool mine = c < C;
-    int group = blockIdx.x * blockDim.y + threadIdx.y, groups = gridDim.x * blockDim.y, rows = (int)N;
+    int groups = gridDim.x * blockDim.y, rows = (int)N;
     float share = 1.0f / C;
     Packed<floatX> weight = load_packed_if(mine, w + c);
     Numbers<W> dw, db, dx_sum;
 
+    // In work at a time are the rows first, first + apart, ...; `ahead` is the first of those to be fetched next, or `rows` if there are no more. Positions are
+    // dealt out to the blocks one by one, so that all have equally many.
+    bool by_position = CENTRED && positions.sums;
+    int apart = by_position ? positions.T : 1, step = ROWS * (by_position ? positions.T : groups);
+    int position = threadIdx.y * gridDim.x + blockIdx.x, ahead = ROWS * (blockIdx.x * blockDim.y + threadIdx.y);
+    if (by_position) ahead = position < positions.T ? position : rows;
+    auto advance = [&] {
+        ahead += step;
+        if (ahead < rows) return;
+        position += groups;
+        ahead = by_position && position < positions.T ? position : rows;
+    };
+
     auto slot = [&](int stage, int i, int array) { return ring + ((stage * ROWS + i) * arrays + array) * threads + thread; };
-    auto fetch = [&](int chunk, int stage) {
+    auto fetch = [&](int first, int stage) {
 #pragma unroll
         for (int i = 0; i < ROWS; i++) {
-            int n = chunk * ROWS + i;
+            int n = first + i * apart;
             bool there = mine && n < rows;
             if (!there) n = 0;
             copy_async16(shared_address(slot(stage, i, 0)), dy + n * dy_stride + (mine ? c : 0), there);
@@ -284,24 +307,29 @@ __global__ void __launch_bounds__(NORM_BACKWARD_THREADS, 1)
         copy_async_commit();
     };
     float next_m[ROWS], next_r[ROWS];
-    auto fetch_statistics = [&](int chunk) {
+    auto fetch_statistics = [&](int first) {
 #pragma unroll
         for (int i = 0; i < ROWS; i++) {
-            int n = chunk * ROWS + i;
+            int n = first + i * apart;
             next_m[i] = CENTRED && n < rows ? mean[n] : 0;
             next_r[i] = n < rows ? rstd[n] : 0;
         }
     };
 
-#pragma unroll
-    for (int s = 0; s < STAGES - 1; s++) fetch(group + s * groups, s);
-    fetch_statistics(group);
+    static_assert(STAGES == 3, "first, second, ahead");
+    int first = ahead;
+    fetch(first, 0);
+    fetch_statistics(first);
+    advance();
+    int second = ahead;
+    fetch(second, 1);
     int round = 0, stage = 0;
-    for (int chunk = group; chunk * ROWS < rows; chunk += groups, round ^= 1) {
-        fetch(chunk + (STAGES - 1) * groups, stage == 0 ? STAGES - 1 : stage - 1);
+    for (; first < rows; first = second, second = ahead, round ^= 1) {
+        advance();
+        fetch(ahead, stage == 0 ? STAGES - 1 : stage - 1);
         float m[ROWS], r[ROWS];
         for (int i = 0; i < ROWS; i++) m[i] = next_m[i], r[i] = next_r[i];
-        fetch_statistics(chunk + groups);
+        fetch_statistics(second);
         copy_async_wait<STAGES - 1>();
 
         // Rows and columns that are not there are zeros and add nothing.
@@ -338,7 +366,7 @@ __global__ void __launch_bounds__(NORM_BACKWARD_THREADS, 1)
 
 #pragma unroll
         for (int i = 0; i < ROWS; i++) {
-            int n = chunk * ROWS + i;
+            int n = first + i * apart;
             if (!mine || n >= rows) continue;
             forget(g[i]), forget(u[i]);
             float mean_t = CENTRED ? t[i] * share : 0, mean_tx = tx[i] * share;
@@ -354,6 +382,13 @@ __global__ void __launch_bounds__(NORM_BACKWARD_THREADS, 1)
             store_packed(dx + n * dx_stride + c, out);
         }
         if (++stage == STAGES) stage = 0;
+        if (by_position && mine && first + step >= rows) {  // these were the last sequences
+            float* to = positions.sums + (int64_t)(first % positions.T) * C + c;
+            Numbers<W> before = load_numbers<W>(to);
+            for (int k = 0; k < W; k++) dx_sum[k] += before[k];
+            store_numbers<W>(to, dx_sum);
+            dx_sum = {};
+        }
     }
 
     // The ring serves for the groups' sums, (groups, columns).
@@ -403,41 +438,64 @@ inline void norm_backward3(cudaStream_t stream, floatX* dx, int64_t dx_stride, b
     LAUNCH_CHECK();
 }
 
-// dx_sums: Σ_n dx_n is added to it as well, or null. For LayerNorm alone.
+// Threads that a row of norm_backward_kernel5 takes, and how many rows (groups) a block has room for; 0 groups: the row is too long.
+struct NormBackwardShape {
+    int row, thread_bytes, groups;
+    NormBackwardShape(int64_t C, bool accumulate) {
+        row = (int)round_up(ceil_div(C, Packed<floatX>::size), 32);
+        thread_bytes = NORM_BACKWARD_STAGES * NORM_BACKWARD_ROWS * (2 + accumulate) * 16;
+        groups = (int)std::min<int64_t>(NORM_BACKWARD_THREADS, ((int64_t)device_properties().sharedMemPerBlockOptin - 8192) / thread_bytes) / row;
+    }
+};
+
+// dx_sums: Σ_n dx_n is added to it as well, or null. positions: dx is summed by position instead. Both for LayerNorm alone.
 template <bool CENTRED>
-inline void norm_backward(cudaStream_t stream, floatX* dx, int64_t dx_stride, bool accumulate, float* dw, float* db, float* dx_sums, const floatX* dy,
-                          int64_t dy_stride, const floatX* x, int64_t x_stride, const float* mean, const float* rstd, const floatX* w, int64_t N, int64_t C) {
+inline void norm_backward(cudaStream_t stream, floatX* dx, int64_t dx_stride, bool accumulate, float* dw, float* db, float* dx_sums, PositionSums positions,
+                          const floatX* dy, int64_t dy_stride, const floatX* x, int64_t x_stride, const float* mean, const float* rstd, const floatX* w,
+                          int64_t N, int64_t C) {
     constexpr int W = Packed<floatX>::size;
     if (N == 0) return;
     bool aligned =
         C % W == 0 && dx_stride % W == 0 && dy_stride % W == 0 && x_stride % W == 0 && aligned16(dx) && aligned16(dy) && aligned16(x) && aligned16(w);
-    int row = (int)round_up(ceil_div(C, W), 32), thread_bytes = NORM_BACKWARD_STAGES * NORM_BACKWARD_ROWS * (2 + accumulate) * 16;
-    int most = std::min<int64_t>(NORM_BACKWARD_THREADS, ((int64_t)device_properties().sharedMemPerBlockOptin - 8192) / thread_bytes);
-    if (!aligned || row > most) {
+    NormBackwardShape shape(C, accumulate);
+    if (!aligned || shape.groups == 0) {
+        assert(!positions.sums);
         (aligned ? norm_backward3<CENTRED, W> : norm_backward3<CENTRED, 1>)(stream, dx, dx_stride, accumulate, dw, db, dy, dy_stride, x, x_stride, mean, rstd,
                                                                             w, N, C);
         if (dx_sums) bias_backward(stream, dx_sums, dx, N, C, dx_stride);
         return;
     }
-    int groups = most / row, threads = row * groups, bytes = threads * thread_bytes;
+    int groups = shape.groups;
+    int64_t each = ceil_div(positions.T, (int64_t)device_properties().multiProcessorCount);  // positions a block has
+    if (positions.sums) {
+        assert(!dx_sums && N % positions.T == 0 && aligned16(positions.sums));
+        groups = (int)ceil_div(each, ceil_div(each, groups));  // as few as manage in as many turns as all would take
+    }
+    int threads = shape.row * groups, bytes = threads * shape.thread_bytes;
     allow_shared_memory(norm_backward_kernel5<CENTRED>, bytes);
-    int64_t blocks = std::min(ceil_div(N, NORM_BACKWARD_ROWS * groups), resident_blocks(norm_backward_kernel5<CENTRED>, threads, bytes));
-    launch_together(norm_backward_kernel5<CENTRED>, blocks, dim3(row, groups), bytes, stream, dx, dx_stride, accumulate, ColumnSums{dw, db, dx_sums},
-                    (float*)workspace(), dy, dy_stride, x, x_stride, mean, rstd, w, N, C);
+    int64_t blocks = positions.sums ? ceil_div(positions.T, each)
+                                    : std::min(ceil_div(N, NORM_BACKWARD_ROWS * groups), resident_blocks(norm_backward_kernel5<CENTRED>, threads, bytes));
+    launch_together(norm_backward_kernel5<CENTRED>, blocks, dim3(shape.row, groups), bytes, stream, dx, dx_stride, accumulate, ColumnSums{dw, db, dx_sums},
+                    positions, (float*)workspace(), dy, dy_stride, x, x_stride, mean, rstd, w, N, C);
 }
 
 // dx (N,C) = (accumulate: +=) ..., dw, db (C) +=; dy, x (N,C), mean, rstd (N) as the forward pass left them, w (C). cpu::layernorm_backward.
 // dx_sums (C) or null: += Σ_n dx_n, of dx as it is in the end. Where dx is the gradient of a linear layer's output, this is the layer's bias gradient.
+// positions: instead of that, the sums of dx by position. Where dx is the gradient of the encoder's output, this is the gradient of wpe.
 inline void layernorm_backward(cudaStream_t stream, floatX* dx, bool accumulate, float* dw, float* db, const floatX* dy, const floatX* x, const float* mean,
-                               const float* rstd, const floatX* w, int64_t N, int64_t C, float* dx_sums = nullptr) {
-    norm_backward<true>(stream, dx, C, accumulate, dw, db, dx_sums, dy, C, x, C, mean, rstd, w, N, C);
+                               const float* rstd, const floatX* w, int64_t N, int64_t C, float* dx_sums = nullptr, PositionSums positions = {}) {
+    norm_backward<true>(stream, dx, C, accumulate, dw, db, dx_sums, positions, dy, C, x, C, mean, rstd, w, N, C);
+}
+// Whether layernorm_backward should be asked for the sums of T positions: its kernel must take rows of C, and each multiprocessor have some positions in work.
+inline bool layernorm_sums_positions(int64_t T, int64_t C) {
+    return C % Packed<floatX>::size == 0 && NormBackwardShape(C, true).groups > 0 && T >= 3 * device_properties().multiProcessorCount;
 }
 
 // du (N,C) with rows du_stride apart, dgain (C) +=; dy, u (N,C) with strides, rstd (N) as the forward pass left it, gain (C). du may be dy.
 // cpu::rmsnorm_backward.
 inline void rmsnorm_backward(cudaStream_t stream, floatX* du, int64_t du_stride, float* dgain, const floatX* dy, int64_t dy_stride, const floatX* u,
                              int64_t u_stride, const float* rstd, const floatX* gain, int64_t N, int64_t C) {
-    norm_backward<false>(stream, du, du_stride, false, dgain, nullptr, nullptr, dy, dy_stride, u, u_stride, nullptr, rstd, gain, N, C);
+    norm_backward<false>(stream, du, du_stride, false, dgain, nullptr, nullptr, PositionSums{}, dy, dy_stride, u, u_stride, nullptr, rstd, gain, N, C);
 }
 
 }  // namespace gpu
