@@ -19,6 +19,7 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <optional>
 #include <vector>
 
 #include "gpt2/config.h"
@@ -115,7 +116,7 @@ inline void output_forward(const AttentionContext& ctx, const real* o, int64_t D
         dropout_add(out, residual, branch, ctx.dropout, DROP_ATTENTION, ctx.place, N, C);
         return;
     }
-#pragma omp parallel for
+#pragma omp parallel for if (N * C > FEW_NUMBERS)
     for (int64_t n = 0; n < N; n++)
         for (int64_t c = 0; c < C; c++) out[n * C + c] = residual[n * C + c] + (bo ? bo[c] : 0);
     matmul(NO, YES, N, C, D, 1, o, D, wo, D, 1, out, C);
@@ -147,6 +148,9 @@ inline void output_backward(const AttentionContext& ctx, const real* o, int64_t 
 constexpr int QT = 64, KT = 64;  // a 64x64 tile of float32 is 16 KB: scores, their gradient and the operands stay in the second-level cache
 constexpr real MINUS_INFINITY = -std::numeric_limits<real>::infinity();
 
+// Few queries on the keys of a decode state: softmax_decode below.
+inline bool few_queries(int q_len) { return q_len < 4; }
+
 struct SoftmaxAttention {
     int heads, kv_heads, d_qk, d_v;
     real scale;
@@ -163,6 +167,9 @@ struct SoftmaxAttention {
     // Or, if not null, keys and values in pages: key j of sequence s is states[s].row(j) + k_offset. Forward only.
     const AttentionState* states = nullptr;
     int64_t k_offset = 0, v_offset = 0;
+    // Keys and values of a decode state that are not in pages; with `rope`, rope_table(d_qk), key j is rotated to position j as it is read. Few queries only.
+    bool kept = false;
+    const real* rope = nullptr;
     // Where each sequence's first query stands among the keys; null: the queries are the last. MLA's new tokens stand behind all keys of the prefix.
     const int* q_at = nullptr;  // forward only
     // Attention dropout: Philox counter (j>>2, i, b·NH+h, step·L+l). By default b is the sequence, i and j are positions in it; a core sequence that is
@@ -174,6 +181,7 @@ struct SoftmaxAttention {
     int k_len(int s) const { return cu_k[s + 1] - cu_k[s]; }
     int position(int s, int i) const { return i + (q_at ? q_at[s] : k_len(s) - q_len(s)); }
     int kv_head(int h) const { return (int)((int64_t)h * kv_heads / heads); }
+    bool decoded(int s) const { return (states || kept) && few_queries(q_len(s)); }
     const real* key(int s, int64_t j, int g) const { return (states ? states[s].row(j) + k_offset : k + (cu_k[s] + j) * k_stride) + g * k_head; }
     const real* value(int s, int64_t j, int g) const { return (states ? states[s].row(j) + v_offset : v + (cu_k[s] + j) * v_stride) + g * v_head; }
 };
@@ -209,9 +217,6 @@ inline void dropout_row(const SoftmaxAttention& a, int s, int h, int i, int j0, 
     }
 }
 
-// Few queries on keys in pages: decoding, softmax_decode below.
-inline bool few_queries(int q_len) { return q_len < 4; }
-
 // One row of the running softmax over the scores s[lo..hi) of this tile: turns them into exp(s·scale − m), the others into 0. Returns the factor by which
 // what was accumulated so far has to be multiplied. The exponent is never taken of a masked score, which may be anything.
 inline real softmax_row(real* s, int n, int lo, int hi, real scale, real* m, real* l) {
@@ -237,15 +242,30 @@ inline real softmax_row(real* s, int n, int lo, int hi, real scale, real* m, rea
 
 inline int64_t softmax_forward_scratch(int64_t kv_tokens, int kv_heads, int d_qk) { return scratch_size({kv_tokens * kv_heads * d_qk}); }
 
-// Decoding reads much and computes little: every key and value, which stand in pages as rows of all heads, for a few products each. So the work is cut by keys
-// and not by heads: a thread takes PART keys of a sequence and walks over their rows once, for all heads; with its m, l and Σ_j exp(s_j − m)·v_j of each head
-// and query, the parts of a sequence are put together in their order (flash-decoding), whatever thread had them.
+// How many of so many keys a thread takes at once in decoding: 16 to 32 parts keep as many threads busy, and what they leave is little beside the keys. Not
+// a matter of how many threads there are: any number of them gives the same sums.
+inline int decode_part(int keys) { return std::min(256, (keys + 511) / 512 * 16); }
+
+// sum (d) += Σ_r p_r·v_r, where v_r stands at rows[r] + offset.
+template <int R>
+inline void add_rows(int d, const real* p, const real* const* rows, int64_t offset, real* sum) {
+    real weight[R];
+    const real* v[R];
+    for (int r = 0; r < R; r++) weight[r] = p[r], v[r] = rows[r] + offset;
+#pragma omp simd
+    for (int c = 0; c < d; c++)
+        for (int r = 0; r < R; r++) sum[c] += weight[r] * v[r][c];
+}
+
+// Decoding reads much and computes little: every key and value, which stand as rows of all heads, for a few products each. So the work is cut by keys and not
+// by heads: a thread takes a part of a sequence's keys and walks over their rows once, for all heads; with its m, l and Σ_j exp(s_j − m)·v_j of each head and
+// query, the parts of a sequence are put together in their order (flash-decoding), whatever thread had them.
 inline void softmax_decode(const SoftmaxAttention& a, real* o, int64_t o_stride, real* lse) {
-    constexpr int PART = 4 * KT;
     struct Part {
-        int seq, start;
+        int seq, start, end;
         int64_t result;  // where its results stand: for each query and head m, l, sum (d_v)
     };
+    static thread_local RealVector results;  // kept: fresh pages from the system cost as much as the keys
     std::vector<Part> parts;
     std::vector<int> first_part;
     const int64_t record = a.d_v + 2;
@@ -253,22 +273,26 @@ inline void softmax_decode(const SoftmaxAttention& a, real* o, int64_t o_stride,
     for (int s = 0; s < a.num_seqs; s++) {
         first_part.push_back((int)parts.size());
         if (!few_queries(a.q_len(s)) || a.q_len(s) == 0) continue;
-        int first = a.position(s, 0), begin = a.window > 0 ? std::max(0, first - a.window + 1) / KT * KT : 0;
-        for (int j = begin; j < std::min(first + a.q_len(s), a.k_len(s)); j += PART) {
-            parts.push_back({s, j, numbers});
+        int first = a.position(s, 0), begin = a.window > 0 ? std::max(0, first - a.window + 1) / KT * KT : 0, end = std::min(first + a.q_len(s), a.k_len(s));
+        for (int j = begin, size = decode_part(end - begin); j < end; j += size) {
+            parts.push_back({s, j, std::min(j + size, end), numbers});
             numbers += a.q_len(s) * a.heads * record;
         }
     }
     first_part.push_back((int)parts.size());
-    RealVector results((size_t)numbers);
+    if ((int64_t)results.size() < numbers) results.resize(numbers);
+    real* records = results.data();
+    const int64_t key_row = a.kv_heads * a.k_head, ahead = 4 * (a.rope ? key_row : a.states ? a.states[0].per_token : a.k_stride);
+    std::vector<int64_t> group;  // each head's kv head
+    for (int h = 0; h < a.heads; h++) group.push_back(a.kv_head(h));
 #pragma omp parallel
     {
-        RealVector scores((size_t)a.heads * KT);
+        RealVector scores((size_t)a.heads * KT), rotated(a.rope ? KT * key_row : 0);
         std::vector<const real*> keys(KT), values(KT);
 #pragma omp for schedule(dynamic)
         for (size_t t = 0; t < parts.size(); t++) {
-            int s = parts[t].seq, rows = a.q_len(s), first = a.position(s, 0), end = std::min({parts[t].start + PART, first + rows, a.k_len(s)});
-            real* result = results.data() + parts[t].result;
+            int s = parts[t].seq, rows = a.q_len(s), first = a.position(s, 0), end = parts[t].end;
+            real* result = records + parts[t].result;
             for (int64_t r = 0; r < rows * a.heads; r++) {
                 std::fill_n(result + r * record, record, (real)0);
                 result[r * record] = MINUS_INFINITY;
@@ -276,24 +300,30 @@ inline void softmax_decode(const SoftmaxAttention& a, real* o, int64_t o_stride,
             for (int j0 = parts[t].start; j0 < end; j0 += KT) {
                 int n = std::min(KT, end - j0), lo, hi;
                 for (int j = 0; j < n; j++) keys[j] = a.key(s, j0 + j, 0), values[j] = a.value(s, j0 + j, 0);
+                for (int j = 0; j < n && a.rope; j++) {
+                    rope_row(&rotated[j * key_row], keys[j], a.kv_heads, a.d_qk, a.rope + (int64_t)(j0 + j) * a.d_qk, 1);
+                    keys[j] = &rotated[j * key_row];
+                }
                 for (int i = 0; i < rows; i++) {
                     const real* q = a.q + (a.cu_q[s] + i) * a.q_stride;
                     real* own = result + (int64_t)i * a.heads * record;
                     visible_keys(first + i, a.window, j0, n, &lo, &hi);
-                    for (int j = lo; j < hi; j++)
-                        for (int h = 0; h < a.heads; h++) scores[h * KT + j] = dot(a.d_qk, q + h * a.d_qk, keys[j] + a.kv_head(h) * a.k_head);
+                    for (int j = lo, step; j < hi; j += step) {
+                        step = j + 4 <= hi ? 4 : 1;
+                        for (int h = 0; h < a.heads; h++)
+                            (step == 4 ? row_products<1, 4, 1> : row_products<1, 1, 1>)(a.d_qk, q + h * a.d_qk, 0, &keys[j], group[h] * a.k_head, ahead,
+                                                                                        &scores[h * KT + j]);
+                    }
                     for (int h = 0; h < a.heads; h++) {
                         real *m = own + h * record, rescale = softmax_row(&scores[h * KT], n, lo, hi, a.scale, m, m + 1);
                         if (rescale != 1)
                             for (int c = 0; c < a.d_v; c++) m[2 + c] *= rescale;
                     }
-                    for (int j = lo; j < hi; j++)
-                        for (int h = 0; h < a.heads; h++) {
-                            const real *v = values[j] + a.kv_head(h) * a.v_head, p = scores[h * KT + j];
-                            real* sum = own + h * record + 2;
-#pragma omp simd
-                            for (int c = 0; c < a.d_v; c++) sum[c] += p * v[c];
-                        }
+                    for (int j = lo, step; j < hi; j += step) {
+                        step = j + 4 <= hi ? 4 : 1;
+                        for (int h = 0; h < a.heads; h++)
+                            (step == 4 ? add_rows<4> : add_rows<1>)(a.d_v, &scores[h * KT + j], &values[j], group[h] * a.v_head, own + h * record + 2);
+                    }
                 }
             }
         }
@@ -303,9 +333,9 @@ inline void softmax_decode(const SoftmaxAttention& a, real* o, int64_t o_stride,
                 for (int i = 0; few_queries(a.q_len(s)) && i < a.q_len(s); i++) {
                     real m = MINUS_INFINITY, l = 0, *out = o + (a.cu_q[s] + i) * o_stride + h * a.d_v;
                     std::fill_n(out, a.d_v, (real)0);
-                    for (int t = first_part[s]; t < first_part[s + 1]; t++) m = std::max(m, results[parts[t].result + (i * a.heads + h) * record]);
+                    for (int t = first_part[s]; t < first_part[s + 1]; t++) m = std::max(m, records[parts[t].result + (i * a.heads + h) * record]);
                     for (int t = first_part[s]; t < first_part[s + 1]; t++) {
-                        const real* part = results.data() + parts[t].result + (i * a.heads + h) * record;
+                        const real* part = records + parts[t].result + (i * a.heads + h) * record;
                         if (part[0] == MINUS_INFINITY) continue;
                         real weight = vexp(part[0] - m);
                         l += weight * part[1];
@@ -319,17 +349,19 @@ inline void softmax_decode(const SoftmaxAttention& a, real* o, int64_t o_stride,
 
 // o (rows of q, NH·d_v, o_stride apart), lse (rows of q, NH) or null.
 inline void softmax_forward(const SoftmaxAttention& a, real* o, int64_t o_stride, real* lse, Scratch scratch) {
+    int left = 0;
+    for (int s = 0; s < a.num_seqs; s++) left += !a.decoded(s);
+    if (left < a.num_seqs) softmax_decode(a, o, o_stride, lse);
+    if (left == 0) return;
     // Keys transposed, once for all query tiles: for each tile of n keys and each kv head a block (d_qk, n).
     real* kt = scratch.take((int64_t)a.cu_k[a.num_seqs] * a.kv_heads * a.d_qk);
     auto keys_transposed = [&](int s, int j0, int n, int g) { return kt + ((int64_t)(a.cu_k[s] + j0) * a.kv_heads + (int64_t)g * n) * a.d_qk; };
-    auto decoded = [&](int s) { return a.states && few_queries(a.q_len(s)); };
-    if (a.states) softmax_decode(a, o, o_stride, lse);
     std::vector<Tile> k_tiles = make_tiles(a.num_seqs, a.cu_k, KT), q_tiles = make_tiles(a.num_seqs, a.cu_q, QT);
 #pragma omp parallel for collapse(2) schedule(static)
     for (size_t t = 0; t < k_tiles.size(); t++)
         for (int g = 0; g < a.kv_heads; g++) {
             int s = k_tiles[t].seq, j0 = k_tiles[t].start, n = std::min(KT, a.k_len(s) - j0);
-            if (decoded(s)) continue;
+            if (a.decoded(s)) continue;
             real* block = keys_transposed(s, j0, n, g);
             if (!a.states) {
                 tile_transpose(n, a.d_qk, a.key(s, j0, g), a.k_stride, block, n);
@@ -350,7 +382,7 @@ inline void softmax_forward(const SoftmaxAttention& a, real* o, int64_t o_stride
                 // Later tiles of a sequence have more keys: they go first, so that no thread is left with a long one.
                 Tile tile = q_tiles[q_tiles.size() - 1 - t];
                 int s = tile.seq, i0 = tile.start, rows = std::min(QT, a.q_len(s) - i0), g = a.kv_head(h);
-                if (decoded(s)) continue;
+                if (a.decoded(s)) continue;
                 int first = a.position(s, i0), last = std::min(first + rows, a.k_len(s)) - 1;  // the first query's position, the last key seen
                 const real* q = a.q + (a.cu_q[s] + i0) * a.q_stride + h * a.d_qk;
                 real m[QT], l[QT];
@@ -822,7 +854,10 @@ inline void infini_runs(const AttentionContext& ctx, const InfiniPass& p, real* 
             core.k = p.keys(s);
             core.v = p.keys(s) + KVhs;
             core.k_stride = core.v_stride = p.row_size();
-            if (rotate) {
+            core.kept = ctx.states && few_queries(s.q_len);
+            if (rotate && core.kept) {
+                core.rope = rope_table(p.hs, s.k_len);
+            } else if (rotate) {
                 std::vector<int> position(s.k_len);
                 for (int j = 0; j < s.k_len; j++) position[j] = j;
                 run.keys.resize(s.k_len * KVhs);
@@ -842,8 +877,9 @@ inline void infini_local_forward(const AttentionContext& ctx, const InfiniPass& 
     real* rotated = scratch.take(ctx.tokens() * (C + KVhs));
     infini_runs(ctx, p, rotated, [&](const InfiniRun& run) {
         // A pending segment may have more keys than this pass has tokens, for which `scratch` was made.
-        RealVector transposed(run.pending ? softmax_forward_scratch(run.cu_k[1], p.kv_heads, p.hs) : 0);
-        softmax_forward(run.core, D, C, lse, run.pending ? Scratch{transposed.data(), (int64_t)transposed.size()} : scratch);
+        bool own = run.pending && !run.core.kept;
+        RealVector transposed(own ? softmax_forward_scratch(run.cu_k[1], p.kv_heads, p.hs) : 0);
+        softmax_forward(run.core, D, C, lse, own ? Scratch{transposed.data(), (int64_t)transposed.size()} : scratch);
     });
 }
 
@@ -916,6 +952,7 @@ inline RealVector infini_gates(const real* beta, int heads) {
 inline void infini_write(const InfiniPass& p) {
     int hs = p.hs, num_seqs = (int)p.first.size() - 1;
     int64_t size = p.memory_size(), KVhs = p.row_size() / 2;
+    if (std::none_of(p.segments.begin(), p.segments.end(), [](const InfiniSegment& s) { return s.write; })) return;
 #pragma omp parallel
     {
         RealVector features((size_t)QT * hs), U((size_t)QT * hs), den(QT);
@@ -1164,9 +1201,9 @@ inline void infini_leave(const AttentionContext& ctx, const InfiniPass& p, int s
     const real* memory = p.block[s] && p.block[s][INFINI_WRITTEN] > 0 ? p.block[s] + INFINI_MEMORY : nullptr;
     for (int i = p.first[s]; i < p.first[s + 1]; i++)
         if (p.segments[i].write) memory = p.segments[i].write;
-    if (!memory)
+    if (!memory && to != p.block[s])
         std::fill_n(to + INFINI_MEMORY, memory_size, (real)0);
-    else if (memory != to + INFINI_MEMORY)
+    else if (memory && memory != to + INFINI_MEMORY)
         memcpy(to + INFINI_MEMORY, memory, memory_size * sizeof(real));
     real* rows = to + INFINI_MEMORY + memory_size;
     int kept = std::max(0, pending - n);  // nothing was completed: these were pending before
@@ -1648,7 +1685,7 @@ inline void pass_memory(real* to, const real* from, int64_t size) {
 // z = y⊙σ(gate), y = RMSNorm(o; gain); all (N,C). rstd (N) or null. z may be o.
 inline void lightning_gate_forward(real* z, real* rstd, const real* o, const real* gate, const real* gain, int64_t N, int64_t C) {
     rmsnorm_forward(z, C, rstd, o, C, gain, N, C);
-#pragma omp parallel for
+#pragma omp parallel for if (N * C > FEW_NUMBERS)
     for (int64_t n = 0; n < N; n++)
 #pragma omp simd
         for (int64_t c = n * C; c < (n + 1) * C; c++) z[c] /= 1 + vexp(-gate[c]);
@@ -1724,17 +1761,16 @@ inline void lightning_backward(const AttentionContext& ctx, const Tensors& param
 }
 
 // One token: the recurrence as it stands at the top of this section. u (3C), o (C) of the token; S (NH,hs,hs) is brought up to date.
-inline void lightning_step(const Lightning& g, int h, LightningTiles& t, const real* u, real* S, real* o) {
+inline void lightning_step(const Lightning& g, int h, const real* u, real* S, real* o) {
     int hs = g.hs;
-    silu_forward(t.q.data(), u + h * hs, 0, 1, hs);
-    silu_forward(t.k.data(), u + g.C + h * hs, 0, 1, hs);
-    silu_forward(t.v.data(), u + 2 * g.C + h * hs, 0, 1, hs);
+    RealVector qkv(3 * hs);
+    for (int part : {PART_Q, PART_K, PART_V}) silu_forward(&qkv[part * hs], u + part * g.C + h * hs, 0, 1, hs);
     real f = g.decay(h)[1], *o_head = o + h * hs;
     std::fill_n(o_head, hs, (real)0);
     for (int i = 0; i < hs; i++) {
-        real *row = S + g.head_state(h) + (int64_t)i * hs, q = g.scale * t.q[i], k = t.k[i];
+        real *row = S + g.head_state(h) + (int64_t)i * hs, q = g.scale * qkv[i], k = qkv[hs + i];
         for (int j = 0; j < hs; j++) {
-            row[j] = f * row[j] + k * t.v[j];
+            row[j] = f * row[j] + k * qkv[2 * hs + j];
             o_head[j] += q * row[j];
         }
     }
@@ -1749,17 +1785,19 @@ inline void lightning_extend(const AttentionContext& ctx, const Tensors& paramet
     Lightning g = make_lightning(ctx);
     for (int s = 0; s < ctx.num_seqs; s++)
         for (int i = g.first[s]; i < g.first[s + 1]; i++) g.chunks[i].S = g.chunks[i].S_next = ctx.states[s].fixed;
+    bool steps = std::all_of(g.chunks.begin(), g.chunks.end(), [](const LightningChunk& chunk) { return chunk.n == 1; });
 #pragma omp parallel
     {
-        LightningTiles t(g.hs);
+        std::optional<LightningTiles> t;
+        if (!steps) t.emplace(g.hs);
 #pragma omp for collapse(2) schedule(dynamic)
         for (int s = 0; s < ctx.num_seqs; s++)
             for (int h = 0; h < g.heads; h++) {
                 int64_t row = ctx.cu_seqlens[s];
                 if (ctx.cu_seqlens[s + 1] - row == 1)
-                    lightning_step(g, h, t, u + row * 3 * C, ctx.states[s].fixed, o + row * C);
+                    lightning_step(g, h, u + row * 3 * C, ctx.states[s].fixed, o + row * C);
                 else
-                    lightning_sequence_forward(g, s, h, t, u, o);
+                    lightning_sequence_forward(g, s, h, *t, u, o);
             }
     }
     lightning_gate_forward(o, nullptr, o, gate, parameters["gain"], N, C);
@@ -2118,7 +2156,7 @@ inline void mla_absorbed(const AttentionContext& ctx, const MlaShape& d, const r
     // o = õ·Wuv_hᵀ
 #pragma omp parallel
     {
-        RealVector transposed((size_t)d.d_c * d.d_v);
+        RealVector transposed;
 #pragma omp for collapse(2) schedule(static)
         for (int h = 0; h < d.NH; h++)
             for (int s = 0; s < ctx.num_seqs; s++) {
@@ -2130,6 +2168,7 @@ inline void mla_absorbed(const AttentionContext& ctx, const MlaShape& d, const r
                         for (int64_t i = 0; i < rows; i++) to[i * d.o + c] = dot(d.d_c, from + i * o_stride, wuv + (int64_t)c * d.d_c);
                     continue;
                 }
+                transposed.resize((size_t)d.d_c * d.d_v);
                 tile_transpose(d.d_v, d.d_c, wuv, d.d_c, transposed.data(), d.d_v);
                 tile_matmul((int)rows, d.d_v, d.d_c, from, o_stride, 1, transposed.data(), d.d_v, to, d.o, false);
             }

@@ -28,7 +28,7 @@ namespace cpu {
 // ---- encoder: x_n = wte[token_n] + wpe[position_n] ---------------------------------------------------------------------------------------------------
 // out (N,C), wte (Vp,C), wpe (max_seq,C) or null.
 inline void encoder_forward(real* out, const int* tokens, const int* position, const real* wte, const real* wpe, int64_t N, int64_t C) {
-#pragma omp parallel for
+#pragma omp parallel for if (N * C > FEW_NUMBERS)
     for (int64_t n = 0; n < N; n++) {
         const real *token = wte + tokens[n] * C, *place = wpe ? wpe + position[n] * C : nullptr;
         for (int64_t c = 0; c < C; c++) out[n * C + c] = token[c] + (place ? place[c] : 0);
@@ -50,7 +50,7 @@ inline void encoder_backward(real* dwte, real* dwpe, const real* dout, const int
 // ---- LayerNorm: y = (x − mean)·rstd ⊙ w + b, rstd = 1/√(variance + 1e-5) -----------------------------------------------------------------------------
 // y, x (N,C); mean, rstd (N); w, b (C).
 inline void layernorm_forward(real* y, real* mean, real* rstd, const real* x, const real* w, const real* b, int64_t N, int64_t C) {
-#pragma omp parallel for
+#pragma omp parallel for if (N * C > FEW_NUMBERS)
     for (int64_t n = 0; n < N; n++) {
         const real* row = x + n * C;
         real m = 0, v = 0;
@@ -109,7 +109,7 @@ inline real gelu_sigmoid(real x) {
     return 1 / (1 + vexp(-u));
 }
 inline void gelu_forward(real* y, const real* x, int64_t n) {
-#pragma omp parallel for simd
+#pragma omp parallel for simd if (parallel : n > FEW_NUMBERS)
     for (int64_t i = 0; i < n; i++) y[i] = x[i] * gelu_sigmoid(x[i]);
 }
 // With σ as above: y = xσ, dx = dy·(σ + x·σ(1−σ)·2u'). dx may be dy.
@@ -268,6 +268,7 @@ struct Gpt2 : Trainer {
     // Pointers to the lanes' memories in one network layer, for each sequence of the batch.
     std::vector<real*> lane_memories(std::vector<real>& m, int layer, const std::vector<int>& lane) {
         std::vector<real*> pointers;
+        if (lane.empty()) return pointers;
         int64_t offset = 0;
         for (int l = 0; l < layer; l++) offset += attention_description(config.attention[l].name).state(config.attention[l]).per_sequence * options.lanes;
         int64_t each = attention_description(config.attention[layer].name).state(config.attention[layer]).per_sequence;
@@ -312,7 +313,7 @@ struct Gpt2 : Trainer {
             dropout_add(branch, base, branch, key, site, place.data(), N, C);
             return;
         }
-#pragma omp parallel for simd
+#pragma omp parallel for simd if (parallel : N * C > FEW_NUMBERS)
         for (int64_t i = 0; i < N * C; i++) branch[i] += base[i];
     }
 
@@ -482,13 +483,19 @@ struct Gpt2 : Trainer {
         }
         real *lnf = acts["lnf"], *logits = acts["logits"];
         layernorm_forward(lnf, acts["lnf.mean"], acts["lnf.rstd"], x, params["lnf.w"], params["lnf.b"], N, C);
+        std::vector<int> ends;  // the sequences that have new tokens; the last one of each moves to the front of lnf
         for (int s = 0; s < S; s++) {
             int q_len = b.cu_seqlens[s + 1] - b.cu_seqlens[s];
             pool->sequences[sequences[s]].length += q_len;
             if (options.window > 0) pool->slide(sequences[s], options.window);
-            if (q_len == 0 || !last_logits) continue;
-            matmul(NO, YES, 1, V, C, 1, lnf + (b.cu_seqlens[s + 1] - 1) * C, C, params["wte"], C, 0, logits, V);
-            for (int64_t v = 0; v < V; v++) last_logits[s * V + v] = (float)logits[v];
+            if (q_len == 0) continue;
+            memmove(lnf + ends.size() * C, lnf + (b.cu_seqlens[s + 1] - 1) * C, C * sizeof(real));
+            ends.push_back(s);
+        }
+        for (size_t i = 0, rows; i < ends.size() && last_logits; i += rows) {
+            rows = std::min(ends.size() - i, (size_t)logits_rows());
+            matmul(NO, YES, rows, V, C, 1, lnf + i * C, C, params["wte"], C, 0, logits, V);
+            for (size_t r = 0; r < rows; r++) std::copy_n(logits + r * V, V, last_logits + ends[i + r] * V);
         }
     }
     auto& states() {

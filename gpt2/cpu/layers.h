@@ -32,11 +32,14 @@ struct TokenPlace {
     int seq, pos;
 };
 
+// A loop over no more numbers than these is done before other threads have heard of it: one thread takes it. Decoding is full of such loops.
+constexpr int64_t FEW_NUMBERS = 4096;
+
 // ---- linear: out = x·Wᵀ + b, W (OC, C) --------------------------------------------------------------------------------------------------------------
 // out (N,OC), x (N,C), b (OC) or null.
 inline void linear_forward(real* out, const real* x, const real* w, const real* b, int64_t N, int64_t C, int64_t OC) {
     if (b) {
-#pragma omp parallel for
+#pragma omp parallel for if (N * OC > FEW_NUMBERS)
         for (int64_t n = 0; n < N; n++) memcpy(out + n * OC, b, OC * sizeof(real));
     }
     matmul(NO, YES, N, OC, C, 1, x, C, w, C, b ? 1 : 0, out, OC);
@@ -67,7 +70,7 @@ inline void linear_backward(real* dx, bool accumulate_dx, real* dw, real* db, co
 // ---- RMSNorm: y = u·r ⊙ gain, r = 1/√(mean(u²) + ε), ε = 1e-6 ----------------------------------------------------------------------------------------
 // y (N,C) with rows y_stride apart, u (N,C) with rows u_stride apart, rstd (N).
 inline void rmsnorm_forward(real* y, int64_t y_stride, real* rstd, const real* u, int64_t u_stride, const real* gain, int64_t N, int64_t C) {
-#pragma omp parallel for
+#pragma omp parallel for if (N * C > FEW_NUMBERS)
     for (int64_t n = 0; n < N; n++) {
         const real* row = u + n * u_stride;
         real r = 1 / std::sqrt(dot((int)C, row, row) / C + (real)1e-6);
@@ -111,22 +114,24 @@ inline const real* rope_table(int d, int positions) {
     return t.data();
 }
 
-// Rotates `heads` neighbouring vectors of d (even) numbers in each of N rows, from x into y (which may be x). direction −1 is the backward pass.
+// Rotates `heads` neighbouring vectors of d (even) numbers, from x into y (which may be x), by a position's row of the table. direction −1: backward pass.
+inline void rope_row(real* y, const real* x, int heads, int d, const real* cs, int direction) {
+    for (int h = 0; h < heads; h++)
+        for (int i = 0; i < d; i += 2) {
+            real c = cs[i], s = direction * cs[i + 1];
+            real a = x[h * d + i], b = x[h * d + i + 1];
+            y[h * d + i] = a * c - b * s;
+            y[h * d + i + 1] = a * s + b * c;
+        }
+}
+
+// The same for each of N rows.
 inline void rope(real* y, int64_t y_stride, const real* x, int64_t x_stride, int64_t N, int heads, int d, const int* position, int direction) {
     int last = 0;
     for (int64_t n = 0; n < N; n++) last = std::max(last, position[n]);
     const real* table = rope_table(d, last + 1);
-#pragma omp parallel for
-    for (int64_t n = 0; n < N; n++) {
-        const real* cs = table + (int64_t)position[n] * d;
-        for (int h = 0; h < heads; h++)
-            for (int i = 0; i < d; i += 2) {
-                real c = cs[i], s = direction * cs[i + 1];
-                real a = x[n * x_stride + h * d + i], b = x[n * x_stride + h * d + i + 1];
-                y[n * y_stride + h * d + i] = a * c - b * s;
-                y[n * y_stride + h * d + i + 1] = a * s + b * c;
-            }
-    }
+#pragma omp parallel for if (N * heads * d > FEW_NUMBERS)
+    for (int64_t n = 0; n < N; n++) rope_row(y + n * y_stride, x + n * x_stride, heads, d, table + (int64_t)position[n] * d, direction);
 }
 
 // ---- Dropout of embeddings and of residual branches ------------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 // Matrix products on the CPU.
 //
 //   matmul        the large ones: a CBLAS (OpenBLAS, MKL, BLIS, Accelerate), or without one (-DNO_CBLAS) matmul_builtin, which is also the reference
+//   matmul_few    a few rows by a large matrix, decoding's products: no faster than memory, and with nothing copied no slower
 //   tile_matmul   the small ones, from cache to cache, inside one thread: what attention is made of. A library's call costs as much as the product there
 //
 // All matrices are row-major. `real` is float; compiled with -DREAL=double the same source gives the float64 program for gradient checks.
@@ -242,6 +243,67 @@ inline void matmul_builtin(Transpose ta, Transpose tb, int64_t M, int64_t N, int
         }
 }
 
+// The sum of a vector's numbers, halves onto halves.
+template <int S = W / 2, int... I>
+inline real vector_sum(vec v, std::integer_sequence<int, I...> lanes) {
+    v += TWO_VECTORS(v, v, (I ^ S)...);
+    if constexpr (S > 1)
+        return vector_sum<S / 2>(v, lanes);
+    else
+        return v[0];
+}
+
+// out (M,R): products of M rows of A with R rows of k numbers, which stand at rows[r] + offset and come from memory, each sum in V vectors. What is needed next
+// is asked for meanwhile, `ahead` behind: the processor by itself stops at the end of a page.
+template <int M, int R, int V>
+inline void row_products(int64_t k, const real* A, int64_t lda, const real* const* rows, int64_t offset, int64_t ahead, real* out) {
+    const real* row[R];
+    for (int r = 0; r < R; r++) row[r] = rows[r] + offset;
+    vec sum[M][R][V] = {};
+    int64_t p = 0;
+    for (; p + V * W <= k; p += V * W)
+        for (int r = 0; r < R; r++)
+            for (int v = 0; v < V; v++) {
+                vec b = *(const vec*)(row[r] + p + v * W);
+                __builtin_prefetch(row[r] + p + v * W + ahead);
+                for (int i = 0; i < M; i++) sum[i][r][v] += b * *(const vec*)(A + i * lda + p + v * W);
+            }
+    for (; p < k; p += W) {
+        auto rest = [&](const real* x) {
+            vec v = {};
+            memcpy(&v, x, std::min<int64_t>(W, k - p) * sizeof(real));
+            return v;
+        };
+        for (int r = 0; r < R; r++)
+            for (int i = 0; i < M; i++) sum[i][r][0] += rest(row[r] + p) * rest(A + i * lda + p);
+    }
+    for (int i = 0; i < M; i++)
+        for (int r = 0; r < R; r++) {
+            vec total = sum[i][r][0];
+            for (int v = 1; v < V; v++) total += sum[i][r][v];
+            out[i * R + r] = vector_sum(total, std::make_integer_sequence<int, W>());
+        }
+}
+
+// C = alpha·A·Bᵀ + beta·C for M <= FEW_ROWS rows of A: B, from which each number is used but M times, takes longer to come from memory than the products do.
+// Its rows are read where they stand, one behind another, and pass along all rows of A while they are in the first-level cache. Each number of C is one sum
+// in one order, whatever M: a text that is decoded among few others has the bits that it has alone.
+constexpr int FEW_ROWS = 8;
+
+inline void matmul_few(int64_t M, int64_t N, int64_t K, real alpha, const real* A, int64_t lda, const real* B, int64_t ldb, real beta, real* C, int64_t ldc) {
+    constexpr int64_t ahead = 2048 / sizeof(real);
+#pragma omp parallel for schedule(dynamic, 16)  // not all threads get as much of the memory's rate
+    for (int64_t j = 0; j < N; j++) {
+        const real* row = B + j * ldb;
+        for (int64_t i = 0, step; i < M; i += step) {
+            step = i + 4 <= M ? 4 : 1;
+            real product[4];
+            (step == 4 ? row_products<4, 1, NV> : row_products<1, 1, NV>)(K, A + i * lda, lda, &row, 0, ahead, product);
+            for (int64_t n = i; n < i + step; n++) C[n * ldc + j] = alpha * product[n - i] + (beta == 0 ? 0 : beta * C[n * ldc + j]);
+        }
+    }
+}
+
 #ifndef NO_CBLAS
 inline void cblas_gemm(CBLAS_TRANSPOSE ta, CBLAS_TRANSPOSE tb, int M, int N, int K, float alpha, const float* A, int lda, const float* B, int ldb, float beta,
                        float* C, int ldc) {
@@ -291,6 +353,10 @@ inline void matmul(Transpose ta, Transpose tb, int64_t M, int64_t N, int64_t K, 
                    real* C, int64_t ldc) {
     if (M == 0 || N == 0) return;
     if (matmul_log) matmul_log->push_back({ta, tb, M, N, K, alpha, A, lda, B, ldb, beta, C, ldc});
+    if (ta == NO && tb == YES && M <= FEW_ROWS) {
+        matmul_few(M, N, K, alpha, A, lda, B, ldb, beta, C, ldc);
+        return;
+    }
 #ifdef NO_CBLAS
     matmul_builtin(ta, tb, M, N, K, alpha, A, lda, B, ldb, beta, C, ldc);
 #else
