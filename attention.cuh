@@ -6,14 +6,15 @@
 #pragma once
 
 #include "attention.h"
+#include "gpt2/cuda/chain.cuh"
 #include "gpt2/cuda/common.cuh"
 #include "gpt2/cuda/decode.cuh"
 #include "gpt2/cuda/infini.cuh"
+#include "gpt2/cuda/infini_decode.cuh"
 #include "gpt2/cuda/layernorm.cuh"
 #include "gpt2/cuda/lightning.cuh"
 #include "gpt2/cuda/matmul.cuh"
 #include "gpt2/cuda/matvec.cuh"
-#include "gpt2/cuda/chain.cuh"
 #include "gpt2/cuda/merge.cuh"
 #include "gpt2/cuda/mla.cuh"
 #include "gpt2/cuda/residual.cuh"
@@ -298,7 +299,8 @@ inline Attention causal_attention() { return {"causal", causal_saved, causal_scr
 // 4. Infini-attention
 //
 // Saves what the CPU saves, lse as (NH,N). Only the device knows how many tokens a sequence has pending from the pass before (infini_pass.cuh), so a pass
-// that starts from states packs the keys of all segments in scratch memory, pending ones first; any other reads them where they are, in qkv.
+// that starts from states packs the keys of all segments in scratch memory, pending ones first; any other reads them where they are, in qkv. Extending by one
+// token a text is a kernel of its own, which leaves everything where it is (infini_decode.cuh).
 
 namespace gpu {
 
@@ -418,8 +420,7 @@ inline void infini_core_backward(const AttentionContext& ctx, const InfiniPass& 
     const floatX* dD = infini_local_gradient(ctx.stream, p, beta, dA, other);
     infini_local_backward(rest, p, D, lse, dD, dqkv);
     floatX* dn = other;  // dD is needed no more
-    infini_read_backward(ctx.stream, p, beta, dbeta, D, dA, dn, dden, dqkv, dmemories, rest.scratch);
-    infini_memory_backward(ctx.stream, p, beta, dqkv, dmemories, rest.scratch);
+    infini_gradients(ctx.stream, p, beta, dbeta, D, dA, dn, dden, dqkv, dmemories, rest.scratch);
 }
 
 // ---- the layer ------------------------------------------------------------------------------------------------------------------------------------
@@ -472,6 +473,12 @@ inline void infini_extend(const AttentionContext& ctx, const Tensors& parameters
     floatX *qkv = rest.scratch.take<floatX>(N * qkv_size(a)), *A = rest.scratch.take<floatX>(N * C);
     float* memories = rest.scratch.take<float>(p.max_memories * infini_memory_size(a));
     input_forward(ctx, qkv, x, parameters["wqkv"], parameters["bqkv"], qkv_size(a));
+    if (infini_takes_step(p)) {
+        bool overlap = ctx.norm.gain != nullptr;  // all launches before are kernels, and states and positions were there before the first
+        infini_step(ctx.stream, p, ctx.cu_seqlens, ctx.position, ctx.states, qkv, parameters["beta"], A, a.positions == Positions::ROPE, overlap);
+        output_forward(rest, A, C, parameters["wo"], parameters["bo"], residual, out);
+        return;
+    }
     InfiniSource source{};
     source.states = ctx.states;
     infini_begin(ctx.stream, p, ctx.cu_seqlens, ctx.place, source, qkv, memories, rest.scratch);

@@ -4,7 +4,7 @@
 //     build/cuda/bench lengths                      124M, 131072 tokens a step in sequences of 1024 to 131072: every layer and a hybrid
 //     build/cuda/bench PRESET PATTERN B T [STEPS]   one line
 //     build/cuda/bench decode                       generation: one text (124M, 1558M), prompts, many texts at once with much behind them
-//     build/cuda/bench decode PRESET PATTERN TEXTS BEHIND   one line of it
+//     build/cuda/bench decode PRESET PATTERN TEXTS BEHIND [STEPS]   one line of it
 //     build/cuda/bench --tune ...                   with cuBLASLt's algorithms timed beforehand, as in training with --tune
 //
 // bf16, random tokens, the whole step: forward, backward, clipping, AdamW, started as the training loop starts them (results are read a step late). Times are
@@ -13,7 +13,9 @@
 // `recompute` is the lowest level at which the model fits the GPU. Memory is what this process's GPU has in use, everything included.
 //
 // decode: a step takes one token of each text, chooses the next ones (greedily) and brings them to the host. "read" is the time in which the GPU, copying 1
-// GiB, would have read all weights and the texts' states once; the ratio to that is what is left to win. Texts have their states in pages of their own.
+// GiB, would have read all weights and the texts' states once; the ratio to that is what is left to win. Rate and ratio are those of all steps together, and
+// with Infini these are a whole segment: a step's time grows with the tokens pending, and at the segment's end the memory is written. Texts have their states
+// in pages of their own.
 // "prompts" are read in one batch; beside them the same tokens in a forward pass as evaluation makes it.
 #include <cuda_runtime_api.h>
 
@@ -21,6 +23,7 @@
 #include <chrono>
 #include <cstdio>
 #include <cstring>
+#include <numeric>
 
 #include "../../attention.h"
 #include "../../gpt2/trainer.h"
@@ -46,6 +49,7 @@ static uint32_t token(uint64_t i) { return philox(1, (uint32_t)i, (uint32_t)(i >
 struct Times {
     std::vector<double> ms;
     double median() const { return ms[ms.size() / 2]; }
+    double mean() const { return std::accumulate(ms.begin(), ms.end(), 0.0) / ms.size(); }
     std::string text(int digits) const { return format("%.*f [%.*f %.*f]", digits, median(), digits, ms[ms.size() / 10], digits, ms[ms.size() * 9 / 10]); }
 };
 
@@ -170,7 +174,7 @@ static void bench_decode(const std::string& preset, const std::string& pattern, 
     std::sort(t.ms.begin(), t.ms.end());
     double state = (double)m->state_bytes(), read = (weight_bytes(*m) + state) / copy_rate() * 1e3;
     printf("| %s | %s | %d | %d | %s | %.0f | %.1f | %.3f | %.2f |\n", preset.c_str(), pattern.c_str(), texts, behind, t.text(3).c_str(),
-           texts / t.median() * 1e3, state * 1e-6, read, t.median() / read);
+           texts / t.mean() * 1e3, state * 1e-6, read, t.mean() / read);
     fflush(stdout);
 }
 
@@ -219,11 +223,12 @@ static void bench_generation(bool tune) {
     bench_decode("gpt2-124M", "causal", "", 1, 512, 400, tune);
     bench_decode("gpt2-1558M", "causal", "", 1, 512, 200, tune);
     for (const char* pattern : {"causal", "infini", "lightning", "mla"})
-        for (int behind = 1024; behind <= 65536; behind *= 4) bench_decode("gpt2-124M", pattern, "rope", 1, behind, 100, tune);
+        for (int behind = 1024; behind <= 65536; behind *= 4) bench_decode("gpt2-124M", pattern, "rope", 1, behind, 256, tune);
     printf("\n");
     fputs(header, stdout);
     for (const char* pattern : {"causal", "infini", "lightning", "mla"})
-        for (int behind = 1024; behind <= 65536; behind *= 4) bench_decode("gpt2-124M", pattern, "rope", 256, behind, 20, tune);
+        for (int behind = 1024; behind <= 65536; behind *= 4)
+            bench_decode("gpt2-124M", pattern, "rope", 256, behind, strcmp(pattern, "infini") ? 20 : 256, tune);
     printf("\n| model | attention | prompts | tokens each | ms [10 %% 90 %%] | tokens/s | forward pass ms |\n| --- | --- | --- | --- | --- | --- | --- |\n");
     for (const char* pattern : {"causal", "infini", "lightning", "mla"})
         for (int length : {1024, 8192}) bench_prefill("gpt2-124M", pattern, "rope", 16384 / length, length, tune);
@@ -237,8 +242,8 @@ int main(int argc, char** argv) {
             bench_generation(tune);
             return 0;
         }
-        if (argc == 6 && strcmp(argv[1], "decode") == 0) {
-            bench_decode(argv[2], argv[3], "", atoi(argv[4]), atoi(argv[5]), 50, tune);
+        if ((argc == 6 || argc == 7) && strcmp(argv[1], "decode") == 0) {
+            bench_decode(argv[2], argv[3], "", atoi(argv[4]), atoi(argv[5]), argc > 6 ? atoi(argv[6]) : 50, tune);
             return 0;
         }
         printf(
@@ -254,7 +259,7 @@ int main(int argc, char** argv) {
         } else if (argc == 5 || argc == 6) {
             bench(argv[1], argv[2], "", atoi(argv[3]), atoi(argv[4]), argc > 5 ? atoi(argv[5]) : 40, tune);
         } else {
-            usage_error("usage: bench [--tune] [lengths | decode [PRESET PATTERN TEXTS BEHIND] | PRESET PATTERN B T [STEPS]]");
+            usage_error("usage: bench [--tune] [lengths | decode [PRESET PATTERN TEXTS BEHIND [STEPS]] | PRESET PATTERN B T [STEPS]]");
         }
     } catch (const Error& e) {
         fprintf(stderr, "%s\n", e.what());

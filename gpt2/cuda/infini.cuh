@@ -27,6 +27,8 @@
 //   infini_any_size.cuh       ..._kernel2: any sizes, float32 arithmetic: all there is for float32, and for what the others do not take
 //   infini_tensor_cores.cuh   ..._kernel3: bf16 with head sizes up to 128 that are multiples of 8
 //   infini_hopper.cuh         ..._kernel4: bf16 with head size 64, on GPUs of compute capability 9.0
+//   infini_backward_hopper.cuh   ..._kernel5: the same, backward in one kernel
+//   infini_decode.cuh         one new token a text, local attention included, in one launch
 //   here                      1. from segment to segment   2. launchers
 //
 // The numbers are those of the ladder, dev/cuda/infini_memory.cu. FLOPs a token: a read 2·hs·C, a write 2·hs·KV·hs, their backward passes twice as much.
@@ -37,6 +39,7 @@
 #include <type_traits>
 
 #include "infini_any_size.cuh"
+#include "infini_backward_hopper.cuh"
 #include "infini_hopper.cuh"
 #include "infini_tensor_cores.cuh"
 
@@ -242,12 +245,13 @@ __global__ void __launch_bounds__(128) infini_map_kernel4(InfiniPass p, const fl
     }
 }
 
-// dβ_h += g(1−g)·Σ partial, over the pieces of all segments: partial (max_segments, NH, pieces). One block a head.
-__global__ void infini_beta_kernel(InfiniPass p, const float* beta, float* dbeta, const float* partial, int pieces) {
+// dβ_h += g(1−g)·Σ partial, over the pieces of all segments or sequences: partial (n, NH, pieces). One block a head.
+__global__ void infini_beta_kernel(InfiniPass p, const float* beta, float* dbeta, const float* partial, int n, int pieces) {
     __shared__ float shared[32];
     int h = blockIdx.x;
     float sum = 0;
-    for (int64_t i = threadIdx.x; i < (int64_t)p.max_segments * pieces; i += blockDim.x) sum += partial[(i / pieces * p.heads + h) * pieces + i % pieces];
+    wait_for_kernel_before();
+    for (int64_t i = threadIdx.x; i < (int64_t)n * pieces; i += blockDim.x) sum += partial[(i / pieces * p.heads + h) * pieces + i % pieces];
     sum = block_sum(sum, shared);
     float g = infini_gate(beta[h]);
     if (threadIdx.x == 0) dbeta[h] += g * (1 - g) * sum;
@@ -484,7 +488,7 @@ inline void infini_read_backward(cudaStream_t stream, const InfiniPass& p, const
         infini_launch(stream, infini_outer_kernel2<INFINI_READ>, dim3(p.max_segments * p.kv_heads, (unsigned)(ceil_div(p.hs, 64) * ceil_div(p.hs, 64))), 256, 0,
                       p, dmemories, (const floatX*)dn, (const float*)dden);
     }
-    infini_launch(stream, infini_beta_kernel, dim3(p.heads), 256, 0, p, beta, dbeta, (const float*)partial, pieces);
+    infini_launch(stream, infini_beta_kernel, dim3(p.heads), 256, 0, p, beta, dbeta, (const float*)partial, p.max_segments, pieces);
 }
 
 // The memories from the last segment to the first, and what was written into them: dmemories from infini_read_backward become the gradients of p.memories;
@@ -537,6 +541,43 @@ inline void infini_memory_backward(cudaStream_t stream, const InfiniPass& p, con
         infini_launch(stream, infini_write_backward_kernel2<ROWS>, dim3(p.max_segments * p.kv_heads, infini_pieces(p, false)), infini_rows::THREADS,
                       3 * ROWS * ld * 4, p, beta, (const float*)dmemories, dqkv, ld);
     });
+}
+
+#ifndef GPU_FLOAT32
+// Both at once. partial (num_seqs, NH, sequence_blocks): each block's part of dβ.
+template <bool DELTA, int CLUSTER, int STAGES, int AHEAD, int BLOCKS>
+inline void infini_sequence_backward(cudaStream_t stream, const InfiniPass& p, const float* beta, const floatX* D, const floatX* dA, floatX* dqkv,
+                                     float* partial) {
+    launch_overlapping(stream, false, CLUSTER, infini_backward_kernel5<DELTA, CLUSTER, STAGES, AHEAD, BLOCKS>, (int64_t)p.num_seqs * p.heads * CLUSTER,
+                       infini_hopper::SEQUENCE_THREADS, infini_hopper::SequenceShared<STAGES, (CLUSTER > 1)>::BYTES, infini_qkv_map(p, p.qkv),
+                       infini_channels_map(p, D), infini_channels_map(p, dA), infini_qkv_map(p, dqkv), p, beta, dqkv, partial);
+    LAUNCH_CHECK();
+}
+#endif
+
+// infini_read_backward() and infini_memory_backward(), with the same arguments.
+inline void infini_gradients(cudaStream_t stream, const InfiniPass& p, const float* beta, float* dbeta, const floatX* D, const floatX* dA, floatX* dn,
+                             float* dden, floatX* dqkv, float* dmemories, Scratch scratch) {
+#ifndef GPU_FLOAT32
+    if (p.sequence_blocks > 0) {
+        assert(aligned16(D) && aligned16(dA) && aligned16(dqkv));
+        Scratch rest = scratch;
+        float* partial = rest.take<float>((int64_t)p.num_seqs * p.heads * p.sequence_blocks);
+        bool one_each = (int64_t)p.num_seqs * p.heads <= device_properties().multiProcessorCount;
+        auto both = [&](auto delta) {
+            constexpr bool DELTA = decltype(delta)::value;
+            auto run = one_each ? infini_sequence_backward<DELTA, 1, 4, 3, 1> : infini_sequence_backward<DELTA, 1, 2, 2, 2>;
+            if (p.sequence_blocks > 1) run = infini_sequence_backward<true, 4, 4, 3, 1>;
+            run(stream, p, beta, D, dA, dqkv, partial);
+        };
+        p.delta ? both(std::true_type()) : both(std::false_type());
+        launch_overlapping(stream, true, 1, infini_beta_kernel, p.heads, 256, 0, p, beta, dbeta, (const float*)partial, p.num_seqs, p.sequence_blocks);
+        LAUNCH_CHECK();
+        return;
+    }
+#endif
+    infini_read_backward(stream, p, beta, dbeta, D, dA, dn, dden, dqkv, dmemories, scratch);
+    infini_memory_backward(stream, p, beta, dqkv, dmemories, scratch);
 }
 
 }  // namespace gpu
