@@ -330,6 +330,7 @@ int main(int argc, char** argv) {
         for (int hs : {64, 80, 128, 20}) check(ladder, {options, 2, hs, {1000, 0, 513, 512, 1537, 1}, true});
     check(ladder, {":scheme=sequential", 12, 64, {1024, 1024}});
     check(ladder, {":scheme=parallel", 12, 64, {1024, 1024}});
+    for (const char* options : {":scheme=parallel", ":decay=none:scheme=parallel"}) check(ladder, {options, 40, 8, {4173, 700, 0, 2000}, true});
     check(ladder, {":decay=fla", 1, 8, {1}});
     check(ladder, {"", 1, 256, {100, 70}, true});
     check(ladder, {"", 1, 1000, {70}});

@@ -30,7 +30,7 @@
 //   lightning_forward_kernel5    the same for Hopper; can leave the states before its chunks for backward    (lightning_hopper.cuh)
 //   lightning_backward_kernel8   all gradients by one sweep, for Hopper, which needs these states            (lightning_hopper.cuh)
 //   lightning_states_kernel6     for Hopper: the states before chunks, where forward has not left them   (lightning_hopper.cuh)
-//   lightning_span_kernel8       for Hopper: what spans add to the states between them                   (lightning_hopper.cuh)
+//   lightning_span_kernel8       for Hopper: what spans or tails add to the states between them          (lightning_hopper.cuh)
 //   lightning_forward_kernel8, lightning_backward_kernel9   the same up to head size 64: warpgroups with roles      (lightning_roles.cuh)
 //
 // The numbers are those of the ladders dev/cuda/lightning_forward.cu, lightning_backward.cu and lightning_gate.cu, which say what was tried and expected.
@@ -109,9 +109,15 @@ __global__ void lightning_finish_kernel(Lightning g) {
     q.seq = blockIdx.x / g.heads;
     q.begin = g.cu_seqlens[q.seq];
     int len = g.cu_seqlens[q.seq + 1] - q.begin;
+    const float* from = nullptr;
+    if (g.range) {  // where the range that ends the sequence has left its state, unless it has the sequence's first tokens too
+        const int first = q.begin / g.span + q.seq, last = first + (len - 1) / g.span;
+        if (len > 0 && last / g.range > first / g.range) from = g.tail_sum(last / g.range, 0, h);
+    } else if (len > g.span)
+        from = g.border(q, (len - 1) / g.span - 1, h);
     float* to = g.finish(q.seq, h);
-    if (len <= g.span || len < g.min_len || !to || e >= g.head_state()) return;
-    to[e] = g.border(q, (len - 1) / g.span - 1, h)[e];
+    if (len < g.min_len || !from || !to || e >= g.head_state()) return;
+    to[e] = from[e];
 }
 
 // starts[s]: null where memory_from[s] is, otherwise the next free one of `copies`, (carried memories, size) numbers; with `copy` memory_from[s] goes there.
@@ -130,6 +136,7 @@ __global__ void lightning_starts_kernel(const float** starts, float* copies, con
 // 2. Launching
 
 constexpr int LIGHTNING_MIN_SPAN = 512, LIGHTNING_MAX_SPAN = 2048;
+constexpr int LIGHTNING_RANGE_SPAN = 128, LIGHTNING_TAIL = 8;  // of ranges: tokens a span, chunks a tail at least
 
 // Whether Hopper's kernels are used.
 inline bool lightning_hopper(int hs) {
@@ -247,22 +254,22 @@ inline int lightning_even_span(const Lightning& g, const LightningPlan& plan) {
     return best >= g.max_len ? 0 : (int)best;
 }
 
-// For the kernels whose blocks have a multiprocessor for themselves (lightning_roles.cuh): how many spans of LIGHTNING_MIN_SPAN a block takes; 0: whole
+// For the kernels whose blocks have a multiprocessor for themselves (lightning_roles.cuh): how many spans of LIGHTNING_RANGE_SPAN a block takes; 0: whole
 // sequences. Times are in tokens of a head, at the rate at which memory serves a multiprocessor. bytes: that forward or backward moves for each number.
 inline int lightning_range(const Lightning& g, LightningScheme scheme, double bytes) {
     if (scheme == SCHEME_SEQUENTIAL || g.max_len <= LIGHTNING_MIN_SPAN) return 0;
-    const double rate = bytes < 12 ? 1.25 : 1.05;  // of a block that does not wait for memory
-    const double fixed = 3600 / bytes;             // to have sums over spans at all: 10 µs
+    const double rate = bytes < 12 ? 1.15 : 1.05;  // of a block that does not wait for memory
+    const double fixed = 9600 / bytes;             // to have ranges at all: 27 µs, as measured
     const double processors = device_properties().multiProcessorCount, all = (double)g.tokens * g.heads, items = (double)g.num_seqs * g.heads;
-    const int64_t slots = g.tokens / LIGHTNING_MIN_SPAN + g.num_seqs;
+    const int64_t slots = g.tokens / LIGHTNING_RANGE_SPAN + g.num_seqs, most = std::min(slots, g.tokens / LIGHTNING_MIN_SPAN + 1);  // tails have room
     double least = std::max(all / processors, std::max<double>(g.max_len, ceil(items / processors) * all / items) / rate);
     int64_t best = 0;
-    for (int64_t ranges = 2; ranges <= slots && (ranges == 2 || ranges * g.heads <= processors); ranges++) {
+    for (int64_t ranges = 2; ranges <= most && (ranges == 2 || ranges * g.heads <= processors); ranges++) {
         const int64_t range = ceil_div(slots, ranges);
         double counting = 0;  // tokens before a border, of all heads
         for (int h = 0; h < g.heads; h++)
-            counting += std::min<double>((double)range * LIGHTNING_MIN_SPAN, 64.0 * chunks_that_count((float)(g.slope(h) * 1.4426950408889634)));
-        const double time = std::max(all / processors, ceil(ranges * g.heads / processors) * range * LIGHTNING_MIN_SPAN / rate) + fixed +
+            counting += std::min<double>((double)range * LIGHTNING_RANGE_SPAN, 64.0 * chunks_that_count((float)(g.slope(h) * 1.4426950408889634)));
+        const double time = std::max(all / processors, ceil(ranges * g.heads / processors) * range * LIGHTNING_RANGE_SPAN / rate) + fixed +
                             (ranges - 1) * counting * 4 / bytes / processors;
         if (time < least || (best == 0 && scheme == SCHEME_PARALLEL)) least = time, best = range;
     }
@@ -375,7 +382,12 @@ struct LightningHopper {
         g.span = d.span = lightning_span(g, plan, method.scheme) > 0 ? lightning_even_span(g, plan) : 0;
         d.memory_from = nullptr;
         r.range = lightning_range(r, method.scheme, d_o ? 15 : 9);
-        r.span = r.range ? LIGHTNING_MIN_SPAN : 0;
+        if (r.range) {
+            r.span = LIGHTNING_RANGE_SPAN;
+            // As many tails as there is room for (lightning_recurrence_scratch).
+            const int64_t borders = std::max<int64_t>(ceil_div(r.slots(), r.range) - 1, 1), room = r.tokens / LIGHTNING_MIN_SPAN / borders;
+            r.tail = (int)std::max<int64_t>(LIGHTNING_TAIL, ceil_div(r.range_chunks(), std::min<int64_t>(room, LightningTails::MOST)));
+        }
     }
     static bool takes(const Lightning& g, const floatX* u, const floatX* d_o, const floatX* out) {
         return lightning_hopper(g.hs) && g.num_seqs > 0 && g.tokens > 0 && aligned16(u) && aligned16(d_o) && aligned16(out);
@@ -401,7 +413,7 @@ struct LightningHopper {
         x.borders = scratch.take<float>(g.tokens / g.span * g.heads * g.head_state());
         with_size([&](auto HS) {
             using Shape = lightning_wgmma::Shape<HS.value>;
-            launch(lightning_span_kernel8<HS.value>, Shape::SPAN_THREADS, Shape::SPAN_SHARED, x, maps, backwards, 0);
+            launch(lightning_span_kernel8<HS.value>, Shape::SPAN_THREADS, Shape::SPAN_SHARED, x, maps, backwards, LightningTails());
         });
         lightning_scan(stream, x, false, backwards);
     }
@@ -413,19 +425,25 @@ struct LightningHopper {
             launch(lightning_states_kernel6<HS.value>, Shape::THREADS, Shape::STATES_SHARED, g, maps);
         });
     }
-    // For the kernels whose warpgroups have roles: what spans add to the states (or gradients) at the borders between ranges, then the kernel itself.
+    // For the kernels whose warpgroups have roles: the tails at the borders between ranges, then the kernel itself.
     template <class... Parameters, class... Arguments>
     void launch_roles(bool backwards, Scratch& scratch, void (*kernel)(Parameters...), int threads, int shared, const Arguments&... arguments) {
         const int processors = device_properties().multiProcessorCount, ranges = r.range ? (int)ceil_div(r.slots(), r.range) : 0;
-        if (ranges > 0) r.borders = scratch.take<float>(r.tokens / r.span * r.heads * r.head_state());
+        if (ranges > 0) r.borders = scratch.take<float>(r.tokens / LIGHTNING_MIN_SPAN * r.heads * r.head_state());
         if (ranges > 1) {
             using Shape = lightning_wgmma::Shape<64>;
-            int counting = 1;
-            for (int h = 0; h < r.heads; h++) counting = std::max(counting, chunks_that_count((float)(r.slope(h) * 1.4426950408889634)));
-            const int64_t away = std::min<int64_t>(r.range, ceil_div(counting, r.span / 64));
+            LightningTails tails;
+            tails.borders = ranges - 1;
+            int levels = 0;
+            for (int h = 0; h < r.heads; h++) {  // not fewer than the device, whose exp2 may differ in its last bit
+                const int count = r.tails(std::min(chunks_that_count((float)(r.slope(h) * 1.442694)), r.range_chunks()));
+                for (int a = 0; a < count; a++) tails.first[a + 1]++;
+                levels = std::max(levels, count);
+            }
+            for (int a = 0; a < levels; a++) tails.first[a + 1] += tails.first[a];
             allow_shared_memory(lightning_span_kernel8<64>, Shape::SPAN_SHARED);
             lightning_span_kernel8<64>
-                <<<(unsigned)(away * (ranges - 1) * r.heads), Shape::SPAN_THREADS, Shape::SPAN_SHARED, stream>>>(r, maps, backwards, ranges);
+                <<<(unsigned)(tails.borders * tails.first[levels]), Shape::SPAN_THREADS, Shape::SPAN_SHARED, stream>>>(r, maps, backwards, tails);
             LAUNCH_CHECK();
         }
         int64_t blocks = ranges ? (int64_t)ranges * r.heads : std::min<int64_t>((int64_t)r.num_seqs * r.heads, processors);

@@ -52,6 +52,18 @@ struct Shape {
     static constexpr int STATES_SHARED = 4 * TILE + STATE + 16;
 };
 
+// A bulk copy of what is read again later: it should stay in the L2 cache.
+__device__ inline uint64_t keep_in_cache() {
+    uint64_t policy = 0;
+    HOPPER_ONLY(asm volatile("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(policy));)
+    return policy;
+}
+__device__ inline void bulk_load(uint32_t to, const CUtensorMap* map, uint32_t barrier, int c0, int c1, int c2, uint64_t policy) {
+    HOPPER_ONLY(
+        asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%3,%4,%5}], [%2], %6;" ::"r"(to),
+                     "l"(map), "r"(barrier), "r"(c0), "r"(c1), "r"(c2), "l"(policy)
+                     : "memory");)
+}
 // Towards the L2 cache.
 __device__ inline void bulk_prefetch(const CUtensorMap* map, int c0, int c1, int c2) {
     HOPPER_ONLY(asm volatile("cp.async.bulk.prefetch.tensor.3d.L2.global.tile [%0, {%1,%2,%3}];" ::"l"(map), "r"(c0), "r"(c1), "r"(c2) : "memory");)
@@ -256,46 +268,63 @@ struct LightningMaps {
     CUtensorMap u, d_o, out, states;
 };
 
+// Which tails there are at borders between ranges (Lightning::tail). The a-th ones have the numbers from first[a] to first[a+1]−1: those heads that forget
+// slowest have so many.
+struct LightningTails {
+    static constexpr int MOST = 256;
+    int borders = 0, first[MOST + 1] = {};
+};
+
 // What each span adds to the state S behind it (sums over k and v), or, `backwards`, to the gradient D before it (over q and d_o): into the borders. It is a
 // sum with weights λ^distance, of which only those chunks are read whose weights count. GROUPS groups of warpgroups take the chunks in turn.
-// With g.range: of the spans whose weights count at one of the borders between the `ranges` ranges of spans.
+// With g.range the same for each of the `tails` of the borders between ranges, the weights counted from the end that is nearer to the border.
 template <int HS>
 __global__ void __launch_bounds__(lightning_wgmma::Shape<HS>::SPAN_THREADS, lightning_wgmma::Shape<HS>::SPAN_BLOCKS)
-    lightning_span_kernel8(const Lightning g, const __grid_constant__ LightningMaps maps, bool backwards, int ranges) {
+    lightning_span_kernel8(const Lightning g, const __grid_constant__ LightningMaps maps, bool backwards, const __grid_constant__ LightningTails tails) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
     using namespace lightning_wgmma;
     using lightning_mma::load_shared, lightning_mma::store_shared, lightning_mma::power;
     constexpr int PANELS = Shape<HS>::PANELS, GROUPS = Shape<HS>::GROUPS, THREADS = Shape<HS>::THREADS, TILE = Shape<HS>::TILE;
     extern __shared__ __align__(1024) unsigned char lightning_hopper_memory[];
     const int group = __shfl_sync(0xffffffff, threadIdx.x / THREADS, 0), p = __shfl_sync(0xffffffff, threadIdx.x / 128 % PANELS, 0);
-    const int warp = __shfl_sync(0xffffffff, threadIdx.x / 32 % 4, 0), h = blockIdx.x % g.heads;
+    const int warp = __shfl_sync(0xffffffff, threadIdx.x / 32 % 4, 0);
     const bool leader = threadIdx.x % THREADS == 0;
     const uint32_t tiles = shared_address(lightning_hopper_memory) + group * 4 * TILE;  // two stages of two tiles
     const uint32_t full = shared_address(lightning_hopper_memory) + GROUPS * 4 * TILE + CHUNK * (uint32_t)sizeof(float) + group * 16;
     float* weights = (float*)(lightning_hopper_memory + GROUPS * 4 * TILE);  // of a chunk's tokens, from its last one (first one) on
     let_next_kernel_start();
-    const float slope2 = (float)(g.slope(h) * 1.4426950408889634);
-    int counting = chunks_that_count(slope2);
+    int h = blockIdx.x % g.heads, border = 0, tail = 0, distance = 0;  // distance: chunks between a border and its tail
     LightningSpan q;
     if (g.range == 0) {
         if (!g.find(g.block_slot(false), q) || q.n <= 0 || q.index == (backwards ? 0 : q.spans - 1)) return;
-    } else {  // the spans next to a border first
-        const int away = blockIdx.x / ((ranges - 1) * g.heads), border = (blockIdx.x / g.heads % (ranges - 1) + 1) * g.range;  // the slot behind it
-        counting -= away * (g.span / CHUNK);
-        if (counting <= 0 || !g.find(backwards ? border + away : border - 1 - away, q)) return;
-        if (backwards ? q.index - away < 1 : q.index + away + 1 >= q.spans) return;  // both sides of the border must be of one sequence
+    } else {
+        while ((int)blockIdx.x >= tails.borders * tails.first[tail + 1]) tail++;
+        const int i = blockIdx.x - tails.borders * tails.first[tail], heads = tails.first[tail + 1] - tails.first[tail];
+        border = i / heads + 1, h = i % heads + (g.geometric ? g.heads - heads : 0), distance = tail * g.tail;
+        if (!g.find((int64_t)border * g.range, q) || q.index == 0) return;  // both sides of the border must be of one sequence
     }
-    const int all = (q.n + CHUNK - 1) / CHUNK, chunks = min(all, counting);
-    auto chunk_of = [&](int k) { return backwards ? k : all - 1 - k; };  // the k-th in the order of their weights
+    const float slope2 = (float)(g.slope(h) * 1.4426950408889634);
+    // The row in front of which the chunks end, or behind which they begin; how many tokens there are, and chunks of these that count.
+    int edge = q.begin + q.first, tokens = q.n, chunks = chunks_that_count(slope2);
+    if (g.range == 0) {
+        if (!backwards) edge += q.n;
+    } else {
+        edge += (backwards ? CHUNK : -CHUNK) * distance;
+        tokens = min(backwards ? q.end - q.begin - q.first : q.first, g.range_chunks() * CHUNK) - distance * CHUNK;
+        chunks = min(chunks - distance, g.tail);
+    }
+    chunks = min(chunks, (tokens + CHUNK - 1) / CHUNK);
+    if (chunks <= 0) return;
 
+    const uint64_t policy = keep_in_cache();
     auto load = [&](int k) {
         uint32_t stage = k / GROUPS % 2, to = tiles + stage * 2 * TILE, barrier = full + stage * 8;
-        int row = q.begin + q.first + chunk_of(k) * CHUNK;
+        int row = backwards ? edge + k * CHUNK : edge - (k + 1) * CHUNK;  // the k-th in the order of their weights
         barrier_arrive_expect(barrier, 2 * TILE);
 #pragma unroll
         for (int i = 0; i < PANELS; i++) {
-            bulk_load(to + i * PANEL, &maps.u, barrier, 64 * i, backwards ? h : g.heads + h, row);
-            bulk_load(to + TILE + i * PANEL, backwards ? &maps.d_o : &maps.u, barrier, 64 * i, backwards ? h : 2 * g.heads + h, row);
+            bulk_load(to + i * PANEL, &maps.u, barrier, 64 * i, backwards ? h : g.heads + h, row, policy);
+            bulk_load(to + TILE + i * PANEL, backwards ? &maps.d_o : &maps.u, barrier, 64 * i, backwards ? h : 2 * g.heads + h, row, policy);
         }
     };
     if (leader) {
@@ -310,7 +339,7 @@ __global__ void __launch_bounds__(lightning_wgmma::Shape<HS>::SPAN_THREADS, ligh
 
     for (int k = group; k < chunks; k += GROUPS) {
         const uint32_t stage = k / GROUPS % 2, x = tiles + stage * 2 * TILE, y = x + TILE;
-        const int n = min(CHUNK, q.n - CHUNK * chunk_of(k));
+        const int n = backwards ? min(CHUNK, tokens - CHUNK * k) : CHUNK;
         barrier_wait(full + stage * 8, k / GROUPS / 2 & 1);
         if (!backwards || n < CHUNK) {
             for_pieces<HS>(y, threadIdx.x % THREADS, [&](int row, uint32_t at, uint4 z) {
@@ -319,7 +348,7 @@ __global__ void __launch_bounds__(lightning_wgmma::Shape<HS>::SPAN_THREADS, ligh
             });
             async_fence();
         }
-        const float from_here = power(slope2, (float)(CHUNK * k));  // forward, spans are whole chunks
+        const float from_here = power(slope2, (float)(CHUNK * k));
         uint32_t a[4][4];
         transposed_rows(a, x + p * PANEL, warp, [&](uint32_t z, int i) {
             const float2 v = unpack_bf16(lightning_mma::silus(z)), w = *(const float2*)(weights + i);
@@ -347,7 +376,7 @@ __global__ void __launch_bounds__(lightning_wgmma::Shape<HS>::SPAN_THREADS, ligh
 #pragma unroll
         for (int i = 0; i < PANELS * 32; i++) s[i] += others[i * THREADS];
     }
-    float* to = g.border(q, backwards ? q.index - 1 : q.index, h);
+    float* to = g.range ? g.tail_sum(border, tail, h) : g.border(q, backwards ? q.index - 1 : q.index, h);
     for_state(s, p, warp, [&](int i, int j, float& x) {
         if (i < g.hs && j < g.hs) to[i * g.hs + j] = x;
     });

@@ -15,9 +15,9 @@
 //
 // So one sequence and head goes through a multiprocessor two to three times as fast as through a block of lightning_hopper.cuh, which does everything in turn,
 // and no more of them have to be on their way than there are multiprocessors. That matters because of what must be read twice. Where sequences and heads are
-// few, a sequence is cut, and the state where it is cut is a sum over the tokens before. Of these those count whose weights λ^distance are 2^−24 or more,
-// wherever the cut is: fewer cuts, fewer bytes. So each block has one *range* of spans of 512 tokens (Lightning::range), which may end in one sequence and go
-// on in the next, and lightning_span_kernel8 makes the sums over spans that some range needs: Σ λ^distance·own_i over these is where the range starts.
+// few, a sequence is cut, and the state where it is cut is a sum over the tokens before: over chunks_that_count(), wherever the cut is. Fewer cuts, fewer
+// bytes. So each block has one *range* of spans of 128 tokens (Lightning::range), which may end in one sequence and go on in the next. Before that
+// lightning_span_kernel8 sums up *tails*, eight chunks each, of those next to a border between two ranges; Σ λ^distance·tail is where a range starts.
 //
 // Memory likes to be read in longer pieces than the 128 bytes that a head has of a token: blocks of a cluster have neighbouring heads and copy in step (Pace).
 #pragma once
@@ -67,60 +67,71 @@ struct Ring {
     }
 };
 
-// Calls f(span, head, chunks) for each of this block's spans: whole sequences, or what its range has of each sequence, as one long span.
-template <class F>
+// Calls f(span, head, chunks) for each of this block's spans: whole sequences, or what its range has of each sequence, as one long span; BACKWARDS from the
+// range's end.
+template <bool BACKWARDS, class F>
 __device__ __forceinline__ void for_spans(const Lightning& g, F f) {
-    const int slots = (int)g.slots(), mine = blockIdx.x / g.heads * g.range;
-    int at = g.range ? mine * g.heads + blockIdx.x % g.heads : blockIdx.x;  // a slot's number times heads, and the head
-    const int end = (g.range ? min(slots, mine + g.range) : slots) * g.heads;
+    const int slots = (int)g.slots();
+    int at = g.range ? blockIdx.x / g.heads * g.range : blockIdx.x;  // a slot; without ranges its number times heads, and the head
+    int end = g.range ? min(slots, at + g.range) : slots * g.heads;
     while (at < end) {
-        const int h = at % g.heads;
+        const int slot = g.range == 0 ? at / g.heads : BACKWARDS ? end - 1 : at, h = (g.range ? blockIdx.x : at) % g.heads;
         LightningSpan q;
-        const bool there = g.find(at / g.heads, q);
-        int taken = 1;
+        const bool there = g.find(slot, q);
+        int taken = g.range ? 1 : gridDim.x;
         if (there && g.range) {
-            taken = min(end / g.heads - at / g.heads, q.spans - q.index);
+            taken = min(end - at, BACKWARDS ? q.index + 1 : q.spans - q.index);
+            if (BACKWARDS)
+                q.first -= (taken - 1) * g.span;
+            else
+                q.index += taken - 1;
             q.n = min(taken * g.span, q.end - q.begin - q.first);
-            q.index += taken - 1;
         }
-        at += g.range ? taken * g.heads : gridDim.x;
+        if (BACKWARDS && g.range)
+            end -= taken;
+        else
+            at += taken;
         if (there) f(q, h, (q.n + CHUNK - 1) / CHUNK);
     }
 }
 
-// The state before a span, or, `backwards`, the gradient D behind it; this thread's numbers: a sum over spans of lightning_span_kernel8, the nearest first.
-template <int AHEAD>  // so many on their way at a time
-__device__ __forceinline__ void start_state(float (&s)[32], const Lightning& g, const LightningSpan& q, int h, int warp, float slope2, bool backwards) {
+// The state before a span, or, BACKWARDS, the gradient D behind it: the numbers of a thread of warpgroup 0. Where a range begins (ends) inside a sequence that
+// is a sum over tails, the nearest first. The WARPGROUPS warpgroups from 0 on, which all call this, take them in turn. exchange: shared memory, 16 KB for each
+// but the first, which is free.
+template <bool BACKWARDS, int WARPGROUPS>
+__device__ __forceinline__ void start_state(float (&s)[32], const Lightning& g, const LightningSpan& q, int h, int role, int warp, float slope2,
+                                            float* exchange) {
     const int hs = g.hs;
-    const float* from = backwards ? nullptr : g.start(q.seq, h);
+    const float* from = BACKWARDS || role > 0 ? nullptr : g.start(q.seq, h);
     const float decay = power(slope2, (float)q.first);
     for_state(s, 0, warp, [&](int i, int j, float& x) { x = from && i < hs && j < hs ? decay * from[i * hs + j] : 0; });
-    if (g.range == 0) return;
-    const int border = backwards ? q.index : q.first / g.span - 1;  // of g.border()
-    const int there = backwards ? q.spans - 1 - border : border + 1, count = min(there, (chunks_that_count(slope2) * CHUNK - 1) / g.span + 1);
-    for (int d = 0; d < count; d += AHEAD) {
-        float2 own[AHEAD][16];
+    const int there = BACKWARDS ? q.end - q.begin - q.first - q.n : q.first;  // tokens on the border's other side
+    if (g.range == 0 || there == 0) return;
+    const int border = blockIdx.x / g.heads + BACKWARDS, of_range = g.tails(g.range_chunks());
+    const int count = g.tails(min((there + CHUNK - 1) / CHUNK, chunks_that_count(slope2)));
+    for (int d = role; d < count; d += WARPGROUPS) {
+        const int away = d / of_range, a = d % of_range;
+        const float *p = g.tail_sum(BACKWARDS ? border + away : border - away, a, h), w = power(slope2, 64.f * (float)(away * g.range_chunks() + a * g.tail));
+        float2 x[16];
 #pragma unroll
-        for (int a = 0; a < AHEAD; a++) {
-            const int away = min(d + a, count - 1);
-            const float* p = g.border(q, backwards ? border + away : border - away, h);
-#pragma unroll
-            for (int n = 0; n < 16; n++) {
-                const int i = 16 * warp + lane() / 4 + n % 2 * 8, j = n / 2 * 8 + lane() % 4 * 2;
-                own[a][n] = i < hs && j < hs ? *(const float2*)(p + i * hs + j) : make_float2(0, 0);
-            }
+        for (int n = 0; n < 16; n++) {
+            const int i = 16 * warp + lane() / 4 + n % 2 * 8, j = n / 2 * 8 + lane() % 4 * 2;
+            x[n] = i < hs && j < hs ? *(const float2*)(p + i * hs + j) : make_float2(0, 0);
         }
 #pragma unroll
-        for (int a = 0; a < AHEAD; a++) {
-            if (d + a >= count) break;
-            const float w = power(slope2, (float)(d + a) * (float)g.span);
-#pragma unroll
-            for (int n = 0; n < 16; n++) {
-                float* x = &s[n / 2 * 4 + n % 2 * 2];
-                x[0] += w * own[a][n].x, x[1] += w * own[a][n].y;
-            }
-        }
+        for (int n = 0; n < 16; n++) s[n / 2 * 4 + n % 2 * 2] += w * x[n].x, s[n / 2 * 4 + n % 2 * 2 + 1] += w * x[n].y;
     }
+    exchange += threadIdx.x % 128;
+    if (role > 0)
+#pragma unroll
+        for (int x = 0; x < 32; x++) exchange[(role - 1) * TILE / 2 + x * 128] = s[x];
+    named_barrier(8, 128 * WARPGROUPS);
+    if (role == 0)
+#pragma unroll
+        for (int r = 0; r < WARPGROUPS - 1; r++)
+#pragma unroll
+            for (int x = 0; x < 32; x++) s[x] += exchange[r * TILE / 2 + x * 128];
+    named_barrier(8, 128 * WARPGROUPS);
 }
 
 // Blocks of a cluster have neighbouring heads of the same span. Their copies keep in step, so that what lies side by side in memory is fetched at one time.
@@ -140,6 +151,24 @@ __device__ inline int cluster_size() {
     return n;
 }
 
+// How a kernel of this file begins: who a thread is, and, seen by the whole cluster, the barriers that `init(blocks of a cluster)` makes.
+struct Who {
+    int role, warp, blocks;  // warpgroup, warp of that, blocks of a cluster
+    bool leader;             // of a warpgroup
+};
+template <class F>
+__device__ __forceinline__ Who begin(F init) {
+    const int thread = threadIdx.x;
+    const Who who = {__shfl_sync(0xffffffff, thread / 128, 0), __shfl_sync(0xffffffff, thread / 32 % 4, 0), cluster_size(), thread % 128 == 0};
+    if (threadIdx.x == 0) {
+        init(who.blocks);
+        barrier_init_fence();
+    }
+    if (who.blocks > 1) cluster_barrier();
+    __syncthreads();
+    return who;
+}
+
 // A warpgroup's factors for products of 64 by 64 tokens (lightning_wgmma::factor_table), when a head begins.
 __device__ __forceinline__ void new_table(float* table, int role, bool queries, float slope2, float scale) {
     named_barrier(1 + role, 128);  // nobody reads the last head's any more
@@ -149,7 +178,7 @@ __device__ __forceinline__ void new_table(float* table, int role, bool queries, 
 
 }  // namespace lightning_roles
 
-// o of this block's spans, from first chunks to last; with `leave_states` S before every second chunk too. With g.range g.borders: what spans add to S.
+// o of this block's spans, from first chunks to last; with `leave_states` S before every second chunk too. With g.range g.borders: tails.
 __global__ void __launch_bounds__(lightning_roles::Forward::THREADS, 1)
     lightning_forward_kernel8(const Lightning g, floatX* o_out, const __grid_constant__ LightningMaps maps, bool leave_states) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
@@ -159,10 +188,7 @@ __global__ void __launch_bounds__(lightning_roles::Forward::THREADS, 1)
     extern __shared__ __align__(1024) unsigned char lightning_hopper_memory[];
     const uint32_t memory = shared_address(lightning_hopper_memory), full = memory + Shape::BARRIERS, active = full + 8 * STAGES, empty = active + 8 * STAGES,
                    ready = empty + 8 * STAGES, taken = ready + 8 * STATES;
-    const int role = __shfl_sync(0xffffffff, threadIdx.x / 128, 0), warp = __shfl_sync(0xffffffff, threadIdx.x / 32 % 4, 0);
-    const bool leader = threadIdx.x % 128 == 0;
-    const int blocks = cluster_size();
-    if (threadIdx.x == 0) {
+    const Who who = begin([&](int blocks) {
         for (int s = 0; s < STAGES; s++) {
             barrier_init(full + 8 * s, 1);
             barrier_init(active + 8 * s, 1);
@@ -173,17 +199,16 @@ __global__ void __launch_bounds__(lightning_roles::Forward::THREADS, 1)
             barrier_init(taken + 8 * s, 4);  // warps that make o
         }
         barrier_init(taken + 8 * STATES, blocks);
-        barrier_init_fence();
-    }
-    if (blocks > 1) cluster_barrier();
-    __syncthreads();
+    });
+    const int role = who.role, warp = who.warp;
+    const bool leader = who.leader;
 
     Ring<STAGES> stage;
     Ring<STATES> state;
     if (role == 3) {
-        Pace pace = {taken + 8 * STATES, blocks};
-        if (lane() == 0)
-            for_spans(g, [&](const LightningSpan& q, int h, int chunks) {
+        Pace pace = {taken + 8 * STATES, who.blocks};
+        if (leader)
+            for_spans<false>(g, [&](const LightningSpan& q, int h, int chunks) {
                 for (int k = 0; k < chunks; k++, stage.next()) {
                     const uint32_t barrier = full + 8 * stage.at;
                     barrier_wait(empty + 8 * stage.at, stage.parity ^ 1);
@@ -195,13 +220,13 @@ __global__ void __launch_bounds__(lightning_roles::Forward::THREADS, 1)
                 }
             });
     } else if (role == 0) {
-        if (g.range) wait_for_kernel_before();  // for what spans add. All that is written waits for S, too
+        if (g.range) wait_for_kernel_before();  // for tails. All that is written waits for S, too
         const Place place(warp);
         float* weights = (float*)(lightning_hopper_memory + Shape::TABLES) + 2 * 256;  // of a chunk's tokens, from its last one on
-        for_spans(g, [&](const LightningSpan& q, int h, int chunks) {
+        for_spans<false>(g, [&](const LightningSpan& q, int h, int chunks) {
             const float slope2 = (float)(g.slope(h) * 1.4426950408889634);
             float s[32];
-            start_state<2>(s, g, q, h, warp, slope2, false);
+            start_state<false, 3>(s, g, q, h, 0, warp, slope2, (float*)(lightning_hopper_memory + Shape::STATE));
             for (int k = 0; k < chunks; k++, stage.next(), state.next()) {
                 const uint32_t K = memory + stage.at * Shape::STAGE + TILE, V = K + TILE, S = memory + Shape::STATE + state.at * TILE;
                 const int n = min(CHUNK, q.n - CHUNK * k);
@@ -240,7 +265,9 @@ __global__ void __launch_bounds__(lightning_roles::Forward::THREADS, 1)
                 if (lane() == 0) barrier_arrive(empty + 8 * stage.at);
                 __syncwarp();
             }
-            float* to = g.finish(q, h);
+            // A sequence that has begun in another range may still have to be read there: lightning_finish_kernel carries its state to where it belongs.
+            float* to = q.index == q.spans - 1 ? g.finish(q.seq, h) : nullptr;
+            if (to && q.first > 0) to = g.tail_sum(blockIdx.x / g.heads, 0, h);
             if (to)
                 for_state(s, 0, warp, [&](int i, int j, float& x) {
                     if (i < g.hs && j < g.hs) to[i * g.hs + j] = x;
@@ -254,9 +281,14 @@ __global__ void __launch_bounds__(lightning_roles::Forward::THREADS, 1)
         float* table = (float*)(lightning_hopper_memory + Shape::TABLES) + (role - 1) * 256;
         const float* factor = first_factor(table, warp);
         bool mine = role == 1;  // the chunks are taken in turn
-        for_spans(g, [&](const LightningSpan& q, int h, int chunks) {
+        if (g.range) wait_for_kernel_before();
+        for_spans<false>(g, [&](const LightningSpan& q, int h, int chunks) {
             const float slope2 = (float)(g.slope(h) * 1.4426950408889634);
             new_table(table, role, true, slope2, g.scale);
+            {
+                float s[32];  // of no use here
+                start_state<false, 3>(s, g, q, h, role, warp, slope2, (float*)(lightning_hopper_memory + Shape::STATE));
+            }
             const float above = g.scale * power(slope2, (float)(row + 1)), below = g.scale * power(slope2, (float)(row + 9));
             for (int k = 0; k < chunks; k++, stage.next(), state.next(), mine = !mine) {
                 if (!mine) continue;
@@ -321,11 +353,11 @@ __global__ void __launch_bounds__(lightning_roles::Forward::THREADS, 1)
         });
         if (leader) bulk_store_wait();
     }
-    if (blocks > 1) cluster_barrier();  // nobody arrives here any more
+    if (who.blocks > 1) cluster_barrier();  // nobody arrives here any more
 #endif
 }
 
-// All gradients of this block's spans, from last chunks to first. With g.range g.borders: what spans add to D. g.start(): S before a sequence's first chunk.
+// All gradients of this block's spans, from last chunks to first. With g.range g.borders: tails. g.start(): S before a sequence's first chunk.
 __global__ void __launch_bounds__(lightning_roles::Backward::THREADS, 1)
     lightning_backward_kernel9(const Lightning g, floatX* du, const __grid_constant__ LightningMaps maps) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
@@ -344,10 +376,7 @@ __global__ void __launch_bounds__(lightning_roles::Backward::THREADS, 1)
     // Of the i-th that has an even number: S before it.
     auto state = [&](unsigned i) { return memory + Shape::STATE + i % 2 * TILE; };
     auto state_used = [&](unsigned i) { return ready(i) + 4 * 8; };
-    const int role = __shfl_sync(0xffffffff, threadIdx.x / 128, 0), warp = __shfl_sync(0xffffffff, threadIdx.x / 32 % 4, 0);
-    const bool leader = threadIdx.x % 128 == 0;
-    const int blocks = cluster_size();
-    if (threadIdx.x == 0) {
+    const Who who = begin([&](int blocks) {
         for (int s = 0; s < STAGES; s++) {
             barrier_init(full(s), 1);
             barrier_init(empty(s), 4 + 3);  // warps that make D; leaders of the others, when their gradient has left
@@ -358,17 +387,16 @@ __global__ void __launch_bounds__(lightning_roles::Backward::THREADS, 1)
             barrier_init(state_used(s), 4);  // that make dQ
         }
         barrier_init(ready(0) + 6 * 8, blocks);
-        barrier_init_fence();
-    }
-    if (blocks > 1) cluster_barrier();
-    __syncthreads();
+    });
+    const int role = who.role, warp = who.warp;
+    const bool leader = who.leader;
 
     unsigned i = 0, even = 0;  // chunks so far, and those with even numbers
     if (role == 4) {
         fewer_registers<40>();
-        Pace pace = {ready(0) + 6 * 8, blocks};
-        if (threadIdx.x % 128 == 0)
-            for_spans(g, [&](const LightningSpan& q, int h, int chunks) {
+        Pace pace = {ready(0) + 6 * 8, who.blocks};
+        if (leader)
+            for_spans<true>(g, [&](const LightningSpan& q, int h, int chunks) {
                 for (int chunk = chunks - 1; chunk >= 0; chunk--, i++) {
                     const uint32_t barrier = full(i), to = stage(i);
                     const bool left = g.leaves(q, chunk);
@@ -385,14 +413,14 @@ __global__ void __launch_bounds__(lightning_roles::Backward::THREADS, 1)
                 }
             });
     } else if (role == 0) {
-        more_registers<104>();
-        if (g.range) wait_for_kernel_before();  // for what spans add. All that is written waits for D, too
+        fewer_registers<80>();
+        if (g.range) wait_for_kernel_before();  // for tails. All that is written waits for D, too
         const Place place(warp);
         float* weights = (float*)(lightning_hopper_memory + Shape::TABLES) + 3 * 256;  // of a chunk's tokens, from its first one on
-        for_spans(g, [&](const LightningSpan& q, int h, int chunks) {
+        for_spans<true>(g, [&](const LightningSpan& q, int h, int chunks) {
             const float slope2 = (float)(g.slope(h) * 1.4426950408889634);
             float s[32];
-            start_state<1>(s, g, q, h, warp, slope2, true);
+            start_state<true, 4>(s, g, q, h, 0, warp, slope2, (float*)(lightning_hopper_memory + Shape::ACTIVE));
             named_barrier(1, 128);
             if (threadIdx.x < CHUNK) weights[threadIdx.x] = g.scale * power(slope2, threadIdx.x + 1.f);
             named_barrier(1, 128);
@@ -427,7 +455,7 @@ __global__ void __launch_bounds__(lightning_roles::Backward::THREADS, 1)
             }
         });
     } else {
-        more_registers<112>();
+        more_registers<120>();
         float* table = (float*)(lightning_hopper_memory + Shape::TABLES) + (role - 1) * 256;
         auto release = [&] {  // the stage from which this warpgroup's last gradient has been copied out
             if (leader && i > 0) {
@@ -440,6 +468,7 @@ __global__ void __launch_bounds__(lightning_roles::Backward::THREADS, 1)
             if (lane() == 0) barrier_arrive(barrier);
             __syncwarp();
         };
+        if (g.range) wait_for_kernel_before();
         // Each of these warpgroups makes SiLU and SiLU' of what its gradient is of, a chunk ahead.
         const int part = 3 - role;
         auto activate = [&](unsigned i, int n) {
@@ -493,9 +522,13 @@ __global__ void __launch_bounds__(lightning_roles::Backward::THREADS, 1)
             }
         };
 
-        for_spans(g, [&](const LightningSpan& q, int h, int chunks) {
+        for_spans<true>(g, [&](const LightningSpan& q, int h, int chunks) {
             const float slope2 = (float)(g.slope(h) * 1.4426950408889634);
             new_table(table, role, role == 3, slope2, g.scale);
+            {
+                float s[32];  // of no use here
+                start_state<true, 4>(s, g, q, h, role, warp, slope2, (float*)(lightning_hopper_memory + Shape::ACTIVE));
+            }
             // What a sequence starts from, as the state before its first chunk.
             auto first_state = [&](uint32_t S) {
                 const float* start = g.start(q.seq, h);
@@ -553,7 +586,7 @@ __global__ void __launch_bounds__(lightning_roles::Backward::THREADS, 1)
         });
         if (leader) bulk_store_wait();
     }
-    if (blocks > 1) cluster_barrier();  // nobody arrives here any more
+    if (who.blocks > 1) cluster_barrier();  // nobody arrives here any more
 #endif
 }
 

@@ -40,7 +40,8 @@ struct Lightning {
 
     int span = 0;              // tokens; 0: each sequence is one span
     float* borders = nullptr;  // (N/span, NH,hs,hs): states between spans
-    int range = 0;             // spans that a block of lightning_roles.cuh takes; then borders hold what each span adds
+    int range = 0;             // spans that a block of lightning_roles.cuh takes
+    int tail = 0;              // then borders hold, for a border between ranges, sums over so many of the chunks before (behind) it, in turn: tails
     int every = 1;             // forward leaves for backward the states before every 2^every chunks of 64 tokens, of which spans are multiples
 
     HOST_DEVICE int64_t channels() const { return (int64_t)heads * hs; }
@@ -77,6 +78,14 @@ struct Lightning {
     // The state behind span i of sequence q.seq, which is not its last. Of len tokens at most (len−1)/span borders: no two sequences share one.
     __device__ float* border(const LightningSpan& q, int i, int h) const { return borders + ((q.begin / span + (int64_t)i) * heads + h) * head_state(); }
 
+    // Border b stands between ranges b−1 and b. How many tails the next `chunks` chunks on one side of it are in; no tail is in two ranges.
+    HOST_DEVICE int range_chunks() const { return range * (span / 64); }
+    HOST_DEVICE int tails(int chunks) const {
+        return chunks / range_chunks() * ((range_chunks() + tail - 1) / tail) + (chunks % range_chunks() + tail - 1) / tail;
+    }
+    // A border's a-th one in the nearest range, in (borders, tails(range_chunks()), NH,hs,hs).
+    __device__ float* tail_sum(int b, int a, int h) const { return borders + (((int64_t)(b - 1) * tails(range_chunks()) + a) * heads + h) * head_state(); }
+
     // Whether S before a span's chunk is among the states that forward leaves: not the state that the sequence starts from.
     __device__ bool leaves(const LightningSpan& q, int chunk) const { return chunk % (1 << every) == 0 && q.first + chunk > 0; }
     // Which of them it is, in (N/(64·2^every), NH,hs,hs). Of len tokens at most (len−1)/(64·2^every) states: no two sequences share one.
@@ -102,8 +111,9 @@ struct Lightning {
     }
 };
 
-// Of a sum of terms with weights λ^distance, those of so many chunks of 64 tokens count: λ^distance < 2^−24 in the others.
-HOST_DEVICE inline int chunks_that_count(float slope2) { return (int)fminf(24 / slope2, 1e9f) / 64 + 1; }  // slope2 = −log2(λ)
+// Of a sum with weights λ^distance these many chunks of 64 tokens count; in the others λ^distance < 2^−16. What is left out of a state is 2^−16 of the state
+// that many tokens before. As a factor of products a state is rounded to bf16, by up to 2^−9 of each number: 128 times as much, unless it has shrunk meanwhile.
+HOST_DEVICE inline int chunks_that_count(float slope2) { return (int)fminf(16 / slope2, 1e9f) / 64 + 1; }  // slope2 = −log2(λ)
 
 // Head h of row n: p[n·stride + h·hs ...], through SiLU if `silu`.
 struct LightningRows {
