@@ -12,15 +12,16 @@
 //
 //     O_g += P'·V'_g                        of the tile before, whose owner has left P' in shared memory
 //     S = Q·Kᵀ                              the whole row of the latents, d_c + d_rope deep
-//     P = 2^(scale·S − shift)               to shared memory, over the tile's rope columns, which nobody needs any more
-//     O_g += P·V_g                          from registers
+//     P = 2^(scale·S − shift)               to shared memory, 32 keys and then the other 32,
+//     O_g += P·V_g                          from registers, in the same two steps
 //
 // so that one multiplies while the other makes weights. Queries and two tiles fill the shared memory, and what is on its way from memory is what counts: half a
 // tile (4 panels of 64 columns) is fetched anew as soon as the warpgroup that has these columns of O is done with it, the owner's half first; scores begin with
-// the panel that comes first. P'·V' comes before Q·Kᵀ since it gives room; the other order keeps the tensor cores busier and the memory less, and is slower.
+// the panel that comes first. P'·V' comes before Q·Kᵀ since it gives room, which is given back in the middle of Q·Kᵀ: at its end, when the last panel of this
+// tile has come, would be 1300 clocks later. The other order keeps the tensor cores busier and the memory less, and is slower.
 //
-// As in softmax_forward_hopper.cuh the largest score is not looked for: a row's shift is the largest score of its first tile, and only if weights grow beyond
-// 10²⁰ is there a new one. Shifts go from owner to owner with the weights, and with them the factor by which the other has to rescale O.
+// As in softmax_forward_hopper.cuh a row's shift is not its largest score but that of its first tile, and only if a weight would be beyond 2⁶⁰ is there a new
+// one. Shifts go from owner to owner with the weights, and with them the factor by which the other has to rescale O.
 //
 // Pages hold what they hold: scores of keys that a row does not see are replaced, value rows outside the sequence are cleared in shared memory (0·NaN is NaN),
 // entries of the page table outside it are never followed. Earlier versions and times: dev/cuda/mla_decode.cu.
@@ -44,6 +45,7 @@ struct LatentShape {
     static constexpr int DC = DC_, CTAS = CTAS_, KEYS = 64, ROWS = 64, COMPUTING = 256, THREADS = COMPUTING + 128;
     static constexpr int LATENT_PANELS = DC / 64, HALF_PANELS = LATENT_PANELS / 2, PANELS = LATENT_PANELS + 1, PANEL = KEYS * 128;  // bytes
     static constexpr int TILE_BYTES = PANELS * PANEL, STAGES = DC <= 256 ? 4 : 2, Q_ROWS = 16;  // rows of q a copy, at most 4 of them
+    static constexpr int ALL_PANELS = (STAGES + 1) * TILE_BYTES + PANEL;                        // bytes: q, the tiles, weights
     static_assert(DC % 128 == 0 && DC <= 512, "each half whole panels, and of at most 256 columns");
 };
 
@@ -57,7 +59,7 @@ struct LatentItem {
 // Behind the panels in shared memory.
 template <class Shape>
 struct LatentShared {
-    uint64_t full[Shape::STAGES][Shape::PANELS], empty[Shape::STAGES][2], weights[Shape::STAGES], q_full[Shape::PANELS], q_empty;
+    uint64_t full[Shape::STAGES][Shape::PANELS], empty[Shape::STAGES][2], weights[Shape::STAGES][2], q_full[Shape::PANELS], q_empty;
     LatentItem items[2];
     float factor[Shape::STAGES][64];  // what O and l are to be multiplied with before the stage's weights are used
     float shift[64];                  // of a row's scores, in powers of 2; NaN: it has seen no key
@@ -67,7 +69,7 @@ struct LatentShared {
 };
 template <class Shape>
 constexpr int latent_shared_bytes() {
-    return (Shape::STAGES + 1) * Shape::TILE_BYTES + (int)sizeof(LatentShared<Shape>);
+    return Shape::ALL_PANELS + (int)sizeof(LatentShared<Shape>);
 }
 
 template <class Shape>
@@ -77,11 +79,13 @@ struct LatentLayout {
     LatentShared<Shape>& more;
     __device__ uint32_t q(int panel) const { return panels + panel * Shape::PANEL; }
     __device__ uint32_t k(int stage, int panel) const { return panels + Shape::TILE_BYTES * (1 + stage) + panel * Shape::PANEL; }
+    // One is enough: who writes weights has multiplied with those of the tile before.
+    __device__ uint32_t p() const { return k(Shape::STAGES, 0); }
     // For products' operands, which have no room for the bits that tell the blocks of a cluster apart.
     __device__ uint32_t local(uint32_t address) const { return address & 0x3ffff; }
     __device__ uint32_t full(int stage, int panel) const { return shared_address(&more.full[stage][panel]); }
     __device__ uint32_t empty(int stage, int half) const { return shared_address(&more.empty[stage][half]); }
-    __device__ uint32_t weights(int stage) const { return shared_address(&more.weights[stage]); }
+    __device__ uint32_t weights(int stage, int part) const { return shared_address(&more.weights[stage][part]); }  // part: of 32 keys
     __device__ uint32_t q_full(int panel) const { return shared_address(&more.q_full[panel]); }
     __device__ uint32_t q_empty() const { return shared_address(&more.q_empty); }
 
@@ -90,7 +94,7 @@ struct LatentLayout {
         for (int stage = 0; stage < Shape::STAGES; stage++) {
             for (int p = 0; p < Shape::PANELS; p++) barrier_init(full(stage, p), 1);
             for (int half = 0; half < 2; half++) barrier_init(empty(stage, half), 4 * Shape::CTAS);  // warpgroup `half`'s warps
-            barrier_init(weights(stage), 4);                                                         // the owner's warps
+            for (int part = 0; part < 2; part++) barrier_init(weights(stage, part), 4);              // the owner's warps
         }
         for (int p = 0; p < Shape::PANELS; p++) barrier_init(q_full(p), 1);
         barrier_init(q_empty(), Shape::COMPUTING / 32);
@@ -113,8 +117,8 @@ __device__ __forceinline__ void bulk_prefetch(const CUtensorMap* map, int c0, in
     HOPPER_ONLY(asm volatile("cp.async.bulk.prefetch.tensor.2d.L2.global.tile [%0, {%1,%2}];" ::"l"(map), "r"(c0), "r"(c1) : "memory");)
 }
 
-// cluster_barrier() in two halves.
-__device__ __forceinline__ void cluster_arrive() { HOPPER_ONLY(asm volatile("barrier.cluster.arrive.release;" ::: "memory");) }
+// cluster_barrier() in two halves, the first of which says nothing of what was written before (barrier_init_fence() has).
+__device__ __forceinline__ void cluster_arrive() { HOPPER_ONLY(asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory");) }
 __device__ __forceinline__ void cluster_wait() { HOPPER_ONLY(asm volatile("barrier.cluster.wait.acquire;" ::: "memory");) }
 
 // ---- the warps that copy ------------------------------------------------------------------------------------------------------------------------------
@@ -133,6 +137,7 @@ __device__ __forceinline__ void copy_queries(const SoftmaxAttention& a, const Sc
             wait_for_kernel_before();
         else
             for (int c = lane / 4; lane % 4 < copies && c < Shape::PANELS; c += 8) bulk_prefetch(&q_map, c * 64, row + lane % 4 * Shape::Q_ROWS);
+        if (Shape::CTAS > 1 && k == 0) cluster_wait();
         barrier_wait(at.q_empty(), k & 1 ^ 1);
         if (lane == 0) at.more.items[k % 2] = item;
         __syncwarp();
@@ -145,6 +150,7 @@ __device__ __forceinline__ void copy_queries(const SoftmaxAttention& a, const Sc
         __syncwarp();
     }
     if (k == 0) wait_for_kernel_before();
+    if (Shape::CTAS > 1 && k == 0) cluster_wait();
     barrier_wait(at.q_empty(), k & 1 ^ 1);
     if (lane != 0) return;
     at.more.items[k % 2].piece.seq = -1;
@@ -158,7 +164,7 @@ __device__ __forceinline__ void copy_latents(const SoftmaxAttention& a, const Sc
     const int lane = threadIdx.x % 32, page_size = a.pages.page_size, box = min(page_size, 64), boxes = 64 >> (31 - __clz(box));  // of a tile; powers of 2
     const int rank = Shape::CTAS > 1 ? cluster_rank() : 0;
     int done = 0;
-    bool waited = false;
+    bool waited = false, met = Shape::CTAS == 1;
     for (Item x; walk.next(x);) {
         const int n = count_tiles(x);
         const int* table = a.states[x.seq].page_table;
@@ -176,6 +182,8 @@ __device__ __forceinline__ void copy_latents(const SoftmaxAttention& a, const Sc
         };
         int page[2], slot[2];
         if (n > 0) find(0, page, slot);
+        if (!met) cluster_wait();
+        met = true;
         for (int tile = 0; tile < n; tile++, done++) {
             const LatentTile<Shape> to(done);
             if (!waited && (first_tile(x) + tile + 1) * 64 > old) {  // rows that the kernel before may have written
@@ -211,6 +219,12 @@ __device__ __forceinline__ void copy_latents(const SoftmaxAttention& a, const Sc
             }
         }
         __syncwarp();
+    }
+    if (!met) cluster_wait();
+    // What the other block of the cluster sends here must come before this block ends: bulk copies have, its arrivals may not.
+    for (int tile = max(0, done - Shape::STAGES); Shape::CTAS > 1 && tile < done; tile++) {
+        const LatentTile<Shape> to(tile);
+        for (int half = 0; half < 2; half++) barrier_wait(at.empty(to.stage, half), to.parity);
     }
 }
 
@@ -252,12 +266,13 @@ struct LatentConsumer {
         }
     }
 
-    // S = Q·Kᵀ, this warpgroup's half of the columns first: they came first.
+    // S (+)= Q·Kᵀ, panels FROM ... TO−1 of it, this warpgroup's half of the columns first: they came first.
+    template <int FROM, int TO>
     __device__ __forceinline__ void multiply_qk(const LatentTile<Shape>& tile, bool first, int q_parity) {
         constexpr int step = Shape::PANEL / 16;
         const uint64_t q = panel_operand(at.local(at.q(0))), k = panel_operand(at.local(at.k(tile.stage, 0)));
 #pragma unroll
-        for (int c = 0; c < Shape::PANELS; c++) {
+        for (int c = FROM; c < TO; c++) {
             const int panel = c < Shape::HALF_PANELS ? c + group * Shape::HALF_PANELS : c < Shape::LATENT_PANELS ? c - group * Shape::HALF_PANELS : c;
             if (first) barrier_wait(at.q_full(panel), q_parity);
             barrier_wait(at.full(tile.stage, panel), tile.parity);
@@ -267,21 +282,28 @@ struct LatentConsumer {
         }
         products_commit();
     }
-    // O += P·V with weights in registers.
+    // O += P·V with weights in registers, of 32 keys.
+    template <int PART>
     __device__ __forceinline__ void multiply_own(int stage) {
         const uint64_t v = panel_operand_transposed(at.local(at.k(stage, group * Shape::HALF_PANELS)), Shape::PANEL);
         products_begin();
 #pragma unroll
-        for (int c = 0; c < KEYS / 16; c++) product<1>(acc, weight[c], v + c * 128, true);
+        for (int c = 2 * PART; c < 2 * PART + 2; c++) product<1>(acc, weight[c], v + c * 128, true);
         products_commit();
     }
-    // The same with those that the other warpgroup has left.
-    __device__ __forceinline__ void multiply_other(int stage) {
-        const uint64_t v = panel_operand_transposed(at.local(at.k(stage, group * Shape::HALF_PANELS)), Shape::PANEL);
-        const uint64_t w = panel_operand(at.local(at.k(stage, Shape::LATENT_PANELS)));
+    // The same with those that the other warpgroup has left; the first 32 keys' are there.
+    __device__ __forceinline__ void multiply_other(const LatentTile<Shape>& tile) {
+        const uint64_t v = panel_operand_transposed(at.local(at.k(tile.stage, group * Shape::HALF_PANELS)), Shape::PANEL);
+        const uint64_t w = panel_operand(at.local(at.p()));
         products_begin();
 #pragma unroll
-        for (int c = 0; c < KEYS / 16; c++) product<0, 1>(acc, w + 2 * c, v + c * 128, true);
+        for (int c = 0; c < KEYS / 16; c++) {
+            if (c == KEYS / 32) {
+                barrier_wait(at.weights(tile.stage, 1), tile.parity);
+                products_begin();
+            }
+            product<0, 1>(acc, w + 2 * c, v + c * 128, true);
+        }
         products_commit();
     }
     __device__ __forceinline__ void products_finish() {
@@ -301,7 +323,7 @@ struct LatentConsumer {
 
     // The other's tile, when its weights are there: shifts, and O and l with them.
     __device__ __forceinline__ void follow(const LatentTile<Shape>& tile) {
-        barrier_wait(at.weights(tile.stage), tile.parity);
+        barrier_wait(at.weights(tile.stage, 0), tile.parity);
 #pragma unroll
         for (int half = 0; half < 2; half++) {
             shift[half] = at.more.shift[row + 8 * half];
@@ -309,7 +331,7 @@ struct LatentConsumer {
             l[half] *= factor[half];
         }
         rescale();
-        multiply_other(tile.stage);
+        multiply_other(tile);
     }
 
     // Scores of keys that a row does not see become −inf; j0: the tile's first key.
@@ -322,74 +344,67 @@ struct LatentConsumer {
             if (j < lo[i / 2 % 2] || j >= hi[i / 2 % 2]) s[i] = -INFINITY;
         }
     }
-    // weight = 2^(scale·s − shift), and the sums of the thread's own.
-    __device__ __forceinline__ void weigh(float (&sum)[2]) {
-        float part[4] = {};
+    // A new shift, the row's largest score up to now, where there is none yet or a weight would be beyond 2⁶⁰.
+    __device__ __forceinline__ void find_shift() {
+        float top[2];  // of this thread's scores
 #pragma unroll
-        for (int c = 0; c < KEYS / 16; c++)
+        for (int half = 0; half < 2; half++) {
+            float m[2] = {s[2 * half], s[2 * half + 1]};
+#pragma unroll
+            for (int i = 4; i < KEYS / 2; i += 4)
+#pragma unroll
+                for (int e = 0; e < 2; e++) m[e] = fmaxf(m[e], s[i + 2 * half + e]);
+            top[half] = fmaxf(m[0], m[1]);
+            factor[half] = 1;
+        }
+        // NaN is not < 60 either
+        if (__all_sync(0xffffffff, (top[0] * scale - shift[0] < 60 || !valid[0]) && (top[1] * scale - shift[1] < 60 || !valid[1]))) return;
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            float m = fmaxf(top[half], __shfl_xor_sync(0xffffffff, top[half], 1));
+            m = fmaxf(m, __shfl_xor_sync(0xffffffff, m, 2));
+            m = fmaxf(m * scale, shift[half]);                                   // fmaxf ignores one NaN
+            factor[half] = isnan(shift[half]) ? 1 : exp2_fast(shift[half] - m);  // O is 0 if the row has seen no key
+            shift[half] = m == -INFINITY ? NAN : m;
+            l[half] *= factor[half];
+            if (lane % 4 == 0) at.more.shift[row + 8 * half] = shift[half];
+        }
+    }
+    // weight = 2^(scale·s − shift) of 32 keys, for this warpgroup and the other. sum[2·half + e]: of the thread's own.
+    template <int PART>
+    __device__ __forceinline__ void weigh(int stage, float (&sum)[4]) {
+        float base[2];
+#pragma unroll
+        for (int half = 0; half < 2; half++) base[half] = isnan(shift[half]) ? 0 : shift[half];  // of a row that has seen no key all scores are −inf
+        const int r = threadIdx.x % 128 / 32 * 16 + lane % 16;
+#pragma unroll
+        for (int c = 2 * PART; c < 2 * PART + 2; c++) {
 #pragma unroll
             for (int i = 0; i < 4; i++) {
                 float x[2];
 #pragma unroll
                 for (int e = 0; e < 2; e++) {
-                    x[e] = exp2_fast(s[8 * c + 2 * i + e] * scale - shift[i % 2]);  // exactly 0 for −inf
-                    part[i % 2 * 2 + e] += x[e];
+                    x[e] = exp2_fast(s[8 * c + 2 * i + e] * scale - base[i % 2]);  // exactly 0 for −inf
+                    sum[i % 2 * 2 + e] += x[e];
                 }
                 weight[c][i] = pack_bf16(x[0], x[1]);
             }
-        sum[0] = part[0] + part[1];
-        sum[1] = part[2] + part[3];
-    }
-    // The same with the largest score as the new shift.
-    __device__ __forceinline__ void new_shift(float (&sum)[2]) {
-        bool nothing[2];
-#pragma unroll
-        for (int half = 0; half < 2; half++) {
-            float m = s[2 * half];
-#pragma unroll
-            for (int i = 0; i < KEYS / 8; i++) m = fmaxf(m, fmaxf(s[4 * i + 2 * half], s[4 * i + 2 * half + 1]));
-            m = fmaxf(m, __shfl_xor_sync(0xffffffff, m, 1));
-            m = fmaxf(m, __shfl_xor_sync(0xffffffff, m, 2));
-            m = fmaxf(m * scale, shift[half]);  // fmaxf ignores one NaN
-            nothing[half] = m == -INFINITY;
-            factor[half] = isnan(shift[half]) ? 1 : exp2_fast(shift[half] - m);  // O is 0 if the row has seen no key
-            shift[half] = nothing[half] ? 0 : m;
         }
-        weigh(sum);
 #pragma unroll
-        for (int half = 0; half < 2; half++) {
-            l[half] *= factor[half];
-            if (nothing[half]) shift[half] = NAN;
-            if (lane % 4 == 0) at.more.shift[row + 8 * half] = shift[half];
-        }
-    }
-    __device__ __forceinline__ void softmax() {
-        float sum[2];
-        weigh(sum);
-        factor[0] = factor[1] = 1;
-        if (!__all_sync(0xffffffff, (sum[0] < 1e20f || !valid[0]) && (sum[1] < 1e20f || !valid[1]))) new_shift(sum);  // NaN is not < either
-        l[0] += sum[0];
-        l[1] += sum[1];
-    }
-    // For the other warpgroup. The tile's value rows outside [begin, end) become zeros.
-    __device__ __forceinline__ void leave_weights(int stage, int begin, int end) {
-        const int r = threadIdx.x % 128 / 32 * 16 + lane % 16;
-        const uint32_t to = at.k(stage, Shape::LATENT_PANELS) + r * 128;
-#pragma unroll
-        for (int c = 0; c < KEYS / 16; c++) store_matrices(to + ((2 * c + lane / 16) ^ r % 8) * 16, weight[c]);
-        if (lane % 4 == 0)
-#pragma unroll
-            for (int half = 0; half < 2; half++) at.more.factor[stage][row + 8 * half] = factor[half];
-        if (begin > 0 || end < KEYS) {
-            for (int i = threadIdx.x % 128; i < KEYS * 8; i += 128)
-                if (i / 8 < begin || i / 8 >= end)
-                    for (int panel = 0; panel < Shape::LATENT_PANELS; panel++)
-                        asm volatile("st.shared.v4.b32 [%0], {%1,%1,%1,%1};" ::"r"(at.k(stage, panel) + i * 16), "r"(0) : "memory");
-            async_fence();
-            named_barrier(2 + group, 128);
-        }
+        for (int c = 2 * PART; c < 2 * PART + 2; c++) store_matrices(at.p() + r * 128 + ((2 * c + lane / 16) ^ r % 8) * 16, weight[c]);
         async_fence();
-        arrive(at.weights(stage));
+        arrive(at.weights(stage, PART));
+    }
+    // The tile's value rows outside [begin, end) become zeros.
+    __device__ __forceinline__ void clear_outside(int stage, int begin, int end) {
+        if (begin <= 0 && end >= KEYS) return;
+        named_barrier(2 + group, 128);  // all warps' scores are made
+        for (int i = threadIdx.x % 128; i < KEYS * 8; i += 128)
+            if (i / 8 < begin || i / 8 >= end)
+                for (int panel = 0; panel < Shape::LATENT_PANELS; panel++)
+                    asm volatile("st.shared.v4.b32 [%0], {%1,%1,%1,%1};" ::"r"(at.k(stage, panel) + i * 16), "r"(0) : "memory");
+        async_fence();
+        named_barrier(2 + group, 128);
     }
 
     __device__ __forceinline__ void find_rows(const LatentItem& item) {
@@ -502,20 +517,30 @@ struct LatentConsumer {
                 const LatentTile<Shape> tile(done + i), before(done + i - 1);
                 const int j0 = first_key + i * KEYS;
                 if (i > 0) follow(before);
-                multiply_qk(tile, i == group, k & 1);
+                multiply_qk<0, Shape::HALF_PANELS>(tile, i == group, k & 1);
                 if (i > 0) {
                     products_wait<1>();
                     products_done(acc);
                     release(before);
                 }
+                multiply_qk<Shape::HALF_PANELS, Shape::PANELS>(tile, i == group, k & 1);
                 products_wait<0>();
                 products_done(s);
                 if (i + 2 >= n) arrive(at.q_empty());
                 mask(j0);
-                softmax();
-                leave_weights(tile.stage, x.begin - j0, x.end - j0);
+                find_shift();
+                if (lane % 4 == 0)
+#pragma unroll
+                    for (int half = 0; half < 2; half++) at.more.factor[tile.stage][row + 8 * half] = factor[half];
+                clear_outside(tile.stage, x.begin - j0, x.end - j0);
+                float sum[4] = {};
+                weigh<0>(tile.stage, sum);
                 rescale();
-                multiply_own(tile.stage);
+                multiply_own<0>(tile.stage);
+                weigh<1>(tile.stage, sum);
+                multiply_own<1>(tile.stage);
+                l[0] += sum[0] + sum[1];
+                l[1] += sum[2] + sum[3];
                 products_finish();
                 release(tile);
             }
@@ -542,8 +567,7 @@ __global__ void __launch_bounds__(Shape::THREADS, 1)
                          const __grid_constant__ CUtensorMap k_map, floatX* o, int64_t o_stride, float* lse, float scale) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
     extern __shared__ __align__(1024) char latent_panels[];
-    const LatentLayout<Shape> at = {shared_address(latent_panels), (float*)latent_panels,
-                                    *(LatentShared<Shape>*)(latent_panels + (Shape::STAGES + 1) * Shape::TILE_BYTES)};
+    const LatentLayout<Shape> at = {shared_address(latent_panels), (float*)latent_panels, *(LatentShared<Shape>*)(latent_panels + Shape::ALL_PANELS)};
     let_next_kernel_start();
     ask_for_work(a);
     if (threadIdx.x == Shape::THREADS - 1) at.init_barriers();
@@ -553,20 +577,19 @@ __global__ void __launch_bounds__(Shape::THREADS, 1)
         asm volatile("prefetch.tensormap [%0];" ::"l"(&k_map) : "memory");
     }
     Walk walk(a, p, at.more.walk);
-    if (Shape::CTAS > 1)
-        cluster_wait();
-    else
+    const int warp = (int)threadIdx.x / 32 - Shape::COMPUTING / 32;  // of those that copy
+    if (Shape::CTAS == 1)
         __syncthreads();
-    if (threadIdx.x >= Shape::COMPUTING) {
+    else if (warp != 0 && warp != 1)  // these two when they need it
+        cluster_wait();
+    if (warp >= 0) {
         fewer_registers<56>();
-        const int warp = threadIdx.x / 32 - Shape::COMPUTING / 32;
         if (warp == 0) copy_latents(a, p, k_map, walk, at);
         if (warp == 1) copy_queries(a, p, q_map, walk, at);
     } else {
         more_registers<224>();
         LatentConsumer<Shape>(a, p, at, scale).run(o, o_stride, lse);
     }
-    if (Shape::CTAS > 1) cluster_barrier();  // until then the other block may write to this one's shared memory
 #endif
 }
 
