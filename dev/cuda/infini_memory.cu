@@ -6,7 +6,7 @@
 // all heads is 200 KB in float32: 6 MB in all with segments of 2048 tokens, 13 MB with 1024, 51 MB with 256.
 //   write     k, v in, memories out: 202 MB and the memories, 70-85 µs; 2·hs·C FLOPs a token, 6.4 GFLOP, 9 µs at 690 TFLOP/s
 //   retrieve  q, D, memories in, A out: 302 MB and the memories, 105-120 µs; as many FLOPs
-//   backward  q, k, v, D, dA in, dq, dk, dv in and out: 1.1 GB and the memories twice, 370-400 µs; 10·hs·C FLOPs a token, 32 GFLOP, 47 µs
+//   backward  q, k, v, D, dA in, dq, dk, dv in and out: 1.1 GB and the memories, 330-370 µs; 10·hs·C FLOPs a token, 32 GFLOP, 47 µs
 // All of it is bound by memory, if tensor cores do the products: float32 arithmetic alone would take 6.4 GFLOP at 60 TFLOP/s, as long as the bytes, and
 // exponentials come on top.
 //
@@ -28,6 +28,12 @@
 //      segments has eight loads on their way and is launched while write still runs; retrieve's pieces are as long as full waves allow (a block begins by
 //      loading the memory: some two tiles' time). Without arithmetic, but with its memories, write takes 73, 77 and 89 µs at the three shapes, retrieve 112
 //      and 109; rows alone 71 and 102. Expected: write 79, 86, 93, retrieve 118
+//   5  backward in one kernel, where each query head has its own kv head (infini_backward_hopper.cuh). A block walks through a head of a sequence from its end
+//      to its start, so that the memories' gradients stay in registers: 4 writes and reads them (77 MB that need not be moved, with segments of 256), adds them
+//      up in a kernel of its own, and waits for the slowest block twice. Under the delta rule k and v are read once instead of three times, and no affine map
+//      is formed: dM += Φ(k)ᵀdn as the tokens come. Copies alone take as long as all of 4: nothing is to be gained in its arithmetic. Where sequences are few,
+//      four blocks share one under the delta rule; under the other 4 stays in use. Expected: 418 and 421 µs at segments of 1024 and 256 become 370 and 350,
+//      delta's 650 the same. In use
 #include "ladder.h"
 
 #include "../../gpt2/cuda/infini.cuh"
@@ -261,12 +267,13 @@ struct Device {
         *p = pass;
         if (version < 3) p->tensor_cores = false;
         if (version < 4) p->hopper = false;
-        return version < 3 || (version == 3 ? pass.tensor_cores : pass.hopper);
+        if (version < 5) p->sequence_blocks = 0;
+        return version < 3 || (version == 3 ? pass.tensor_cores : version == 4 ? pass.hopper : pass.sequence_blocks > 0);
     }
 
     bool write(int version, cudaStream_t stream) const {
         InfiniPass p;
-        if (!with(version, &p) || (version == 1 && p.delta && p.max_len > 4096)) return false;
+        if (version == 5 || !with(version, &p) || (version == 1 && p.delta && p.max_len > 4096)) return false;
         if (version > 1) {
             infini_write(stream, p, rest);
         } else if (p.num_seqs > 0) {
@@ -277,7 +284,7 @@ struct Device {
     }
     bool retrieve(int version, cudaStream_t stream, const float* beta, const floatX* D, floatX* A) const {
         InfiniPass p;
-        if (!with(version, &p)) return false;
+        if (version == 5 || !with(version, &p)) return false;
         if (version > 1) {
             infini_retrieve(stream, p, beta, D, A);
         } else {
@@ -290,8 +297,7 @@ struct Device {
         InfiniPass p;
         if (!with(version, &p) || (version == 1 && p.delta)) return false;
         if (version > 1) {
-            infini_read_backward(stream, p, beta, dbeta, D, dA, dn, dden, dqkv, dmemories, rest);
-            infini_memory_backward(stream, p, beta, dqkv, dmemories, rest);
+            infini_gradients(stream, p, beta, dbeta, D, dA, dn, dden, dqkv, dmemories, rest);
             return true;
         }
         infini_gate_backward_kernel1<<<(unsigned)ceil_div(p.num_tokens * p.heads, 128), 128, 0, stream>>>(p, beta, D, dA, dn, dden, dbetas);
@@ -477,15 +483,16 @@ static void time(Ladder& ladder, const char* update, int B, int T, int S) {
     double later = 1 - (double)S / T;
     ladder.time("write " + shape, {product * (device.pass.delta ? 2 : 1), 2 * row + memories}, [&](int v) { return device.write(v, ladder.stream); });
     ladder.time("retrieve " + shape, {product, (2 + later) * row + later * memories}, [&](int v) { return device.retrieve(v, ladder.stream, beta, D, A); });
-    ladder.time("backward " + shape, {product * (device.pass.delta ? 9 : 5), (4 + 7 * later) * row + 2 * later * memories},
+    ladder.time("backward " + shape, {product * (device.pass.delta ? 9 : 5), (4 + 7 * later) * row + later * memories},
                 [&](int v) { return device.backward(v, ladder.stream, beta, dbeta, D, dA, dqkv); });
 }
 
 int main(int argc, char** argv) {
-    Ladder ladder("infini_memory",
-                  {"as the equations stand", "all segments at once, tiles in shared memory, float32 arithmetic (in use)", "tensor cores (in use)",
-                   "Hopper: bulk copies, the gate and the queries in one pass (in use)"},
-                  argc, argv);
+    Ladder ladder(
+        "infini_memory",
+        {"as the equations stand", "all segments at once, tiles in shared memory, float32 arithmetic (in use)", "tensor cores (in use)",
+         "Hopper: bulk copies, the gate and the queries in one pass (in use)", "backward in one kernel, a sequence from its end to its start (in use)"},
+        argc, argv);
     const std::vector<int> ragged = {3, 0, 1, 17, 7, 8, 40}, longer = {130, 0, 64, 257, 1};
     check(ladder, "infini:segment=1", 1, 64, {1}, false);
     check(ladder, "infini:segment=7", 3, 20, ragged, false);
@@ -506,6 +513,15 @@ int main(int argc, char** argv) {
     check(ladder, "infini:segment=64:kv-heads=2", 4, 64, {100, 3, 200, 0, 64, 150}, true);
     check(ladder, "infini:segment=64:kv-heads=2:memory-update=delta", 4, 64, {100, 3, 200, 0, 64, 150}, true);
     check(ladder, "infini:segment=256", 12, 64, {1000, 1024}, false);
+    // Enough sequences for backward in one kernel: two blocks a multiprocessor, one, four blocks a sequence.
+    const std::vector<int> many = {130, 0, 257, 200, 256, 64, 129, 250, 193, 255, 1, 256, 90}, some = {257, 250, 200, 256, 257, 255, 192, 257, 240};
+    check(ladder, "infini:segment=64", 12, 64, many, false);
+    check(ladder, "infini:segment=64:memory-update=delta:first-segment=gated", 12, 64, many, false);
+    check(ladder, "infini:segment=100", 12, 64, some, false);
+    check(ladder, "infini:segment=100:memory-update=delta", 12, 64, some, false);
+    check(ladder, "infini:segment=64:memory-update=delta", 20, 64, {100, 130, 200, 0, 64, 150, 190, 200}, true);
+    check(ladder, "infini:segment=300:memory-update=delta", 12, 64, {700, 650}, false);
+    check(ladder, "infini:segment=256:memory-update=delta", 20, 64, {300, 700}, true);
     for (const char* update : {"linear", "delta"}) {
         time(ladder, update, 2, 32768, 2048);
         time(ladder, update, 8, 8192, 1024);

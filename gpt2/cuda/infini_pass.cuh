@@ -48,6 +48,7 @@ struct InfiniPass {
     int max_segments, max_memories, max_keys;  // bounds
     bool tensor_cores, hopper;                 // sizes and addresses allow these kernels
     int group;                                 // segments that one block of Hopper's kernels sums over, one behind another
+    int sequence_blocks;                       // blocks that share a head of a sequence in infini_backward_kernel5; 0: it is not used
     const int* cu_seqlens;                     // (num_seqs+1)
     const TokenPlace* place;                   // (N)
     const floatX* qkv;                         // (N, qkv_stride), not rotated
@@ -298,6 +299,16 @@ inline int infini_group(const InfiniPass& p) {
     return !p.delta && p.max_segments * p.kv_heads >= segments * 5 * device_properties().multiProcessorCount ? (int)segments : 1;
 }
 
+// Backward in one kernel takes heads of sequences from end to end: it wants about one for each multiprocessor, none much longer than the others. With the delta
+// rule, where the other way is longer, four blocks may share one.
+inline int infini_sequence_blocks(const InfiniPass& p) {
+    constexpr int SHARED = 4, ROWS = 64;
+    if (!p.hopper || !p.one_gate() || p.max_len == 0) return 0;
+    int64_t sequences = p.num_tokens * p.heads / p.max_len, enough = device_properties().multiProcessorCount * 2 / 3;
+    if (sequences >= enough) return 1;
+    return p.delta && sequences * SHARED >= enough && p.segment >= SHARED * ROWS ? SHARED : 0;
+}
+
 // Builds the tables of a pass over qkv (N, qkv_stride) whose full segments leave their memories in `memories`, and packs its keys if p.carried.
 // The arrays are taken from `scratch` and live as long as they stay taken. Sources: lengths and places of the batch on the device.
 inline void infini_begin(cudaStream_t stream, InfiniPass& p, const int* cu_seqlens, const TokenPlace* place, const InfiniSource& source, const floatX* qkv,
@@ -324,6 +335,7 @@ inline void infini_begin(cudaStream_t stream, InfiniPass& p, const int* cu_seqle
     p.tensor_cores = infini_tensor_cores(p);
     p.hopper = infini_takes_hopper(p);
     p.group = infini_group(p);
+    p.sequence_blocks = infini_sequence_blocks(p);
     infini_sequences_kernel<<<1, 32, 0, stream>>>(p, source);
     LAUNCH_CHECK();
     infini_segments_kernel<<<(unsigned)ceil_div(std::max<int64_t>(p.max_segments + 1, p.num_tokens), 256), 256, 0, stream>>>(p);

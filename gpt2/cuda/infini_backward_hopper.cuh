@@ -1,0 +1,498 @@
+// Backward through Infini-attention's memory on Hopper, a sequence at a time: the gate, dq, dk, dv and the memories' gradients in one kernel. bf16, 64 numbers
+// a head, as many kv heads as query heads. Equations and launchers: infini.cuh.
+//
+// A block (or a cluster of blocks) takes one head of one sequence and walks through its segments from the last to the first. What later segments have to say
+// about a memory, dM and dz, stays in registers: no gradient of a memory ever goes to device memory, nothing is summed afterwards, and each row of q, k, v, D,
+// dA, dq, dk, dv is read or written once. For segment i, which reads memory M and leaves M', with dM, dz = the gradients of M' when it begins:
+//
+//     dM' = dM, dz' = dz          rounded to bf16 as an operand of products
+//     for tiles of queries        dq = keep·dq + (dn·Mᵀ + dden·zᵀ)⊙Φ'(q);   dM += Φ(q)ᵀdn, dz += Φ(q)ᵀdden;   dβ
+//     for tiles of keys           dv = keep·dv + dU, dk = keep·dk + (U·dM'ᵀ + dz')⊙Φ'(k)
+//                                 delta: dM += Φ(k)ᵀdn, dz += Φ(k)ᵀdden with dn = −dU/den: its affine maps are never formed
+//
+// One warpgroup computes, and has the next memory in registers while it is at the keys; one more thread copies tiles of 64 rows (four panels: q, dA, D, dq or
+// k, v, dk, dv) there and back. Few bytes should be on their way: heads that drift apart read memory in pieces of 128 bytes instead of whole rows, and the more
+// each is ahead, the farther they drift. 96 blocks with three tiles ahead: 2.8 TB/s, with four: 2.4.
+//
+// Where sequences are few (delta alone: infini_sequence_blocks()), the blocks of a cluster take turns with a segment's tiles. Each has a part of dM; where a
+// segment ends it leaves that in its shared memory, goes on with the next segment's queries, and all parts are added up, in the same order by each block,
+// before the first key.
+#pragma once
+
+#include "infini_hopper.cuh"
+
+#ifndef GPU_FLOAT32
+namespace gpu {
+
+namespace infini_hopper {
+
+constexpr int SEQUENCE_THREADS = 2 * THREADS;
+
+// Barriers that blocks of a cluster share: what a warp has written, or read, before is done when the phase is complete.
+__device__ inline void cluster_arrive(uint32_t barrier, int rank) {
+    HOPPER_ONLY(asm volatile("{\n"
+                             ".reg .b32 remote;\n"
+                             "mapa.shared::cluster.u32 remote, %0, %1;\n"
+                             "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote];\n"
+                             "}" ::"r"(barrier),
+                             "r"(rank)
+                             : "memory");)
+}
+__device__ inline void cluster_wait(uint32_t barrier, int parity) {
+    HOPPER_ONLY(asm volatile("{\n"
+                             ".reg .pred done;\n"
+                             "again:\n"
+                             "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
+                             "@!done bra again;\n"
+                             "}" ::"r"(barrier),
+                             "r"(parity)
+                             : "memory");)
+}
+__device__ inline float4 cluster_load(uint32_t address, int rank) {
+    float4 x = {};
+    HOPPER_ONLY(asm volatile("{\n"
+                             ".reg .b32 remote;\n"
+                             "mapa.shared::cluster.u32 remote, %4, %5;\n"
+                             "ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [remote];\n"
+                             "}"
+                             : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w)
+                             : "r"(address), "r"(rank)
+                             : "memory");)
+    return x;
+}
+
+__device__ inline void store_pair(uint32_t address, float x, float y) {
+    asm volatile("st.shared.u32 [%0], %1;" ::"r"(address), "r"(pack_bf16(x, y)) : "memory");
+}
+__device__ inline float4 sum_of(float4 a, float4 b) { return make_float4(a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w); }
+
+// Shared memory of a block that takes a sequence: a memory, dM', stages of four panels; where blocks share a sequence, this one's part of dM.
+template <int STAGES, bool CLUSTERED>
+struct SequenceShared {
+    static constexpr int AT_PART = (2 + STAGES * 4) * PANEL, AT_NUMBERS = AT_PART + (CLUSTERED ? HS * HS * 4 : 0), NUMBERS = 3 * HS + 2 * ROWS + 4;
+    static constexpr int AT_STAGES = AT_NUMBERS + NUMBERS * 4, AT_BARRIERS = AT_STAGES + STAGES * 32, BYTES = 1024 + AT_BARRIERS + 16;
+    char* base;
+    uint32_t address;
+    __device__ SequenceShared() {
+        extern __shared__ char infini_hopper_shared[];
+        uint32_t at = shared_address(infini_hopper_shared), up = (1024 - at % 1024) % 1024;
+        base = infini_hopper_shared + up;
+        address = at + up;
+    }
+    __device__ uint32_t M() const { return address; }
+    __device__ uint32_t dM() const { return address + PANEL; }
+    __device__ uint32_t stage(int i) const { return address + (2 + i % STAGES * 4) * PANEL; }
+    __device__ char* pointer(uint32_t panel) const { return base + (panel - address); }
+    __device__ float4* part() const { return (float4*)(base + AT_PART); }  // (8, THREADS)
+    __device__ float* z() const { return (float*)(base + AT_NUMBERS); }
+    __device__ float* dz() const { return z() + HS; }
+    __device__ float* part_z() const { return z() + 2 * HS; }
+    __device__ float* rows(int i) const { return z() + 3 * HS + i % 2 * ROWS; }
+    __device__ float* warps() const { return z() + 3 * HS + 2 * ROWS; }
+    __device__ int4* tile(int i) const { return (int4*)(base + AT_STAGES + i % STAGES * 32); }
+    __device__ uint32_t full(int i) const { return address + AT_STAGES + i % STAGES * 32 + 16; }
+    __device__ uint32_t done(int i) const { return full(i) + 8; }
+    __device__ uint32_t written() const { return address + AT_BARRIERS; }  // parts of dM
+    __device__ uint32_t read() const { return written() + 8; }
+};
+
+}  // namespace infini_hopper
+
+// dq, dk, dv in dqkv (N, qkv_stride) = keep·(what is there) + the memory's part; partial (num_seqs, NH, CLUSTER) = Σ dA⊙(R−D). CLUSTER blocks a sequence and
+// head. AHEAD tiles on their way at a time. BLOCKS a multiprocessor.
+template <bool DELTA, int CLUSTER, int STAGES, int AHEAD, int BLOCKS>
+__global__ void __launch_bounds__(infini_hopper::SEQUENCE_THREADS, BLOCKS)
+    infini_backward_kernel5(const __grid_constant__ CUtensorMap qkv, const __grid_constant__ CUtensorMap D, const __grid_constant__ CUtensorMap dA,
+                            const __grid_constant__ CUtensorMap to_dqkv, InfiniPass p, const float* beta, floatX* dqkv, float* partial) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+    using namespace infini_hopper;
+    constexpr int STEP = CLUSTER * ROWS;
+    const SequenceShared<STAGES, (CLUSTER > 1)> shared;
+    const int rank = CLUSTER > 1 ? cluster_rank() : 0, h = blockIdx.x / CLUSTER % p.heads, sequence = blockIdx.x / CLUSTER / p.heads;
+    const int q_column = h * HS, k_column = p.channels() + h * HS, v_column = 2 * p.channels() + h * HS;
+    auto is_read = [&](const InfiniSegment& s) { return s.read != INFINI_EMPTY || p.gated_first; };  // else keep is 1, and dq is complete
+    auto is_written = [&](const InfiniSegment& s) { return s.write >= 0 && !s.last; };               // and read in this pass
+    let_next_kernel_start();
+    if (threadIdx.x == 0) {
+        for (int i = 0; i < STAGES; i++) barrier_init(shared.full(i), 1), barrier_init(shared.done(i), THREADS);
+        barrier_init(shared.written(), CLUSTER * THREADS / 32);
+        barrier_init(shared.read(), CLUSTER * THREADS / 32);
+        barrier_init_fence();
+    }
+    if (CLUSTER > 1)
+        cluster_barrier();
+    else
+        __syncthreads();
+
+    if (threadIdx.x >= THREADS) {
+        fewer_registers<BLOCKS == 2 ? 48 : 96>();
+        if (threadIdx.x == THREADS) {
+            const int begin = p.sequences[sequence].first_segment, end = p.sequences[sequence + 1].first_segment;
+            int tile = 0;
+            auto store = [&](int i) {
+                const int4 t = *shared.tile(i);
+                const uint32_t panel = shared.stage(i) + 2 * PANEL;
+                barrier_wait(shared.done(i), i / STAGES % 2);
+                if (t.y >= ROWS) {  // else its rows are stored already
+                    if (t.z >= 0) bulk_store(&to_dqkv, panel, t.z, t.x);
+                    bulk_store(&to_dqkv, panel + PANEL, t.w, t.x);
+                }
+                bulk_store_commit();
+            };
+            for (int i = end - 1; i >= begin; i--) {
+                const InfiniSegment s = p.segments[i];
+                for (int keys = 0; keys < 2; keys++) {
+                    const bool all = !keys || is_written(s);  // four panels; or dk, dv alone, which only have to be multiplied by keep
+                    if (!is_read(s) && !(keys && all)) continue;
+                    for (int t = rank * ROWS; t < s.q_len; t += STEP, tile++) {
+                        if (tile >= AHEAD) store(tile - AHEAD);
+                        const int row = s.row + t;
+                        const uint32_t stage = shared.stage(tile), full = shared.full(tile);
+                        barrier_arrive_expect(full, (all ? 4 : 2) * PANEL);
+                        if (all) {
+                            bulk_load(stage, &qkv, full, keys ? k_column : q_column, row);
+                            bulk_load(stage + PANEL, keys ? &qkv : &dA, full, keys ? v_column : q_column, row);
+                        }
+                        bulk_store_wait<STAGES - AHEAD>();  // of what stood there before
+                        bulk_load(stage + 2 * PANEL, keys ? &to_dqkv : &D, full, keys ? k_column : q_column, row);
+                        bulk_load(stage + 3 * PANEL, &to_dqkv, full, keys ? v_column : q_column, row);
+                        // For store(): the first row, how many, the first columns of the last two panels.
+                        *shared.tile(tile) = make_int4(row, s.q_len - t, keys ? k_column : -1, keys ? v_column : q_column);
+                    }
+                }
+            }
+            for (int i = max(tile - AHEAD, 0); i < tile; i++) store(i);
+            bulk_store_wait();
+        }
+        __syncwarp();
+    } else {
+        more_registers<BLOCKS == 2 ? 208 : 240>();
+        const int begin = p.sequences[sequence].first_segment, end = p.sequences[sequence + 1].first_segment;
+        const float beta_h = beta[h];
+        auto meet = [&] { named_barrier(1, THREADS); };  // all that compute
+        const uint32_t M = shared.M(), dM_panel = shared.dM();
+        float* z = shared.z();
+        float dM[32], dz[4], sum = 0;  // dz: the numbers row_of(i) in dz[2·i] of every fourth thread
+#pragma unroll
+        for (int e = 0; e < 32; e++) dM[e] = 0;
+#pragma unroll
+        for (int e = 0; e < 4; e++) dz[e] = 0;
+        auto set_dM = [&](int n, float4 x) {
+            store_pair(chunk_at(dM_panel, row_of(0), n) + lane() % 4 * 4, x.x, x.y);
+            store_pair(chunk_at(dM_panel, row_of(1), n) + lane() % 4 * 4, x.z, x.w);
+        };
+        float2 coming[16];  // M of the segment to come
+        float coming_z = 0;
+        auto fetch = [&](const InfiniSegment& s) {
+            const float* memory = p.memory(s, h);
+#pragma unroll
+            for (int e = 0; e < 16; e++) coming[e] = memory ? *(const float2*)(memory + HS + 2 * (threadIdx.x + e * THREADS)) : make_float2(0, 0);
+            if (threadIdx.x < HS) coming_z = memory ? memory[threadIdx.x] : 0;
+        };
+        if (!DELTA && end > begin) fetch(p.segments[end - 1]);
+        int tile = 0, parts = 0;
+        for (int i = end - 1; i >= begin; i--) {
+            const InfiniSegment s = p.segments[i];
+            const bool reads = is_read(s), writes = is_written(s);
+            const float g = p.gate(s, beta_h), keep = 1 - g;
+
+            // M, z; dM', dz' or this block's part of them
+            if (DELTA) fetch(s);                               // there are no registers for it before
+            meet();                                            // those of the segment behind have been used
+            const int row = threadIdx.x / 32, c = lane() * 2;  // number e is 4·e rows below
+            const uint32_t to_M[2] = {chunk_at(M, row, c / 8) + c % 8 * 2, chunk_at(M, row + 4, c / 8) + c % 8 * 2};
+#pragma unroll
+            for (int e = 0; e < 16; e++) store_pair(to_M[e % 2] + e / 2 * 1024, coming[e].x, coming[e].y);
+            if (threadIdx.x < HS) z[threadIdx.x] = coming_z;
+            if (writes) {
+                if (CLUSTER > 1 && parts > 0) cluster_wait(shared.read(), (parts - 1) % 2);
+                float* to = CLUSTER > 1 ? shared.part_z() : shared.dz();
+#pragma unroll
+                for (int e = 0; e < 2; e++)
+                    if (lane() % 4 == 0) to[row_of(e)] = dz[2 * e];
+#pragma unroll
+                for (int n = 0; n < 8; n++) {
+                    float4 x = make_float4(dM[4 * n], dM[4 * n + 1], dM[4 * n + 2], dM[4 * n + 3]);
+                    if (CLUSTER > 1)
+                        shared.part()[n * THREADS + threadIdx.x] = x;
+                    else
+                        set_dM(n, x);
+                }
+                if (CLUSTER > 1) {
+                    __syncwarp();
+                    if (lane() < CLUSTER) cluster_arrive(shared.written(), lane());
+                }
+            }
+            async_fence();
+            meet();
+
+            // dq, dM, dz, dβ
+            for (int t = rank * ROWS; t < s.q_len && reads; t += STEP, tile++) {
+                const uint32_t q_panel = shared.stage(tile), dA_panel = q_panel + PANEL, D_panel = q_panel + 2 * PANEL, dq_panel = q_panel + 3 * PANEL;
+                const int n = s.q_len - t;
+                barrier_wait(shared.full(tile), tile / STAGES % 2);
+                if (n < ROWS) {
+                    for (int panel = 0; panel < 3; panel++) clear_rows(shared.pointer(q_panel + panel * PANEL), n);
+                    async_fence();
+                    meet();
+                }
+                uint32_t f[4][4];
+                float c[32], inverse[2], dA_R[2] = {0, 0}, dA_D[2][4] = {}, dden[2], factor[2];
+                products_begin();
+#pragma unroll
+                for (int k = 0; k < 4; k++) product(c, panel_operand(dA_panel) + 2 * k, panel_operand(M) + 2 * k, k > 0);  // dA·Mᵀ
+                products_commit();
+                load_features(f, q_panel);
+                inverse_denominators(inverse, f, z);
+#pragma unroll
+                for (int k = 0; k < 4; k++) {
+                    uint32_t x[4], y[4];
+                    load_matrices(x, block_at(dA_panel, k));
+                    load_matrices(y, rows_at(D_panel, k));
+                    mma(dA_D[0], x, y[0], y[1]);
+                    mma(dA_D[1], x, y[2], y[3]);
+                }
+#pragma unroll
+                for (int e = 0; e < 2; e++)  // the diagonal of dA·Dᵀ, 16 rows
+                    if (lane() / 4 == lane() % 4 * 2 + e) sum -= dA_D[0][e] + dA_D[1][2 + e];
+                products_wait<0>();
+                products_done(c);
+                forget_float32(f);
+#pragma unroll
+                for (int k = 0; k < 4; k++)
+#pragma unroll
+                    for (int j = 0; j < 4; j++) {  // dA·(Φ(q)M) = (dA·Mᵀ)·Φ(q)
+                        float2 a = unpack_bf16(f[k][j]);
+                        dA_R[j % 2] += a.x * c[8 * k + 2 * j] + a.y * c[8 * k + 2 * j + 1];
+                    }
+#pragma unroll
+                for (int e = 0; e < 2; e++) {
+                    float R = sum_of_row(dA_R[e]) * inverse[e];
+                    if (lane() % 4 == 0) {
+                        shared.rows(tile)[row_of(e)] = -R;  // dden / (g/den)
+                        if (row_of(e) < n) sum += R;
+                    }
+                    dden[e] = -g * R * inverse[e];
+                    factor[e] = g * inverse[e];
+                }
+#pragma unroll
+                for (int k = 0; k < 4; k++) {  // Φ·g/den takes the place of q
+                    uint32_t x[4];
+#pragma unroll
+                    for (int j = 0; j < 4; j++) {
+                        float2 a = unpack_bf16(f[k][j]);
+                        x[j] = pack_bf16(a.x * factor[j % 2], a.y * factor[j % 2]);
+                    }
+                    store_matrices(block_at(q_panel, k), x);
+                }
+                async_fence();
+                meet();
+                products_begin();
+#pragma unroll
+                for (int k = 0; k < 4; k++)
+                    product<1, 1>(dM, panel_operand_transposed(q_panel, PANEL) + 128 * k, panel_operand_transposed(dA_panel, PANEL) + 128 * k, true);
+                products_commit();
+#pragma unroll
+                for (int k = 0; k < 4; k++) {  // dz += (Φ·g/den)ᵀ·(dden·den/g), which is the first column of an operand B
+                    uint32_t x[4], w[2];
+                    load_matrices_transposed(x, transposed_block_at(q_panel, k));
+#pragma unroll
+                    for (int e = 0; e < 2; e++) {
+                        float2 r = *(const float2*)(shared.rows(tile) + 16 * k + 8 * e + lane() % 4 * 2);
+                        w[e] = lane() < 4 ? pack_bf16(r.x, r.y) : 0;
+                    }
+                    mma(dz, x, w[0], w[1]);
+                }
+#pragma unroll
+                for (int k = 0; k < 4; k++) {
+                    uint32_t x[4];
+                    load_matrices(x, block_at(dq_panel, k));
+#pragma unroll
+                    for (int j = 0; j < 4; j++) {
+                        float2 d = unpack_bf16(x[j]), a = unpack_bf16(f[k][j]), zc = *(const float2*)(z + column_of(k, j));
+                        d.x = keep * d.x + (factor[j % 2] * c[8 * k + 2 * j] + dden[j % 2] * zc.x) * min(1.f, a.x);
+                        d.y = keep * d.y + (factor[j % 2] * c[8 * k + 2 * j + 1] + dden[j % 2] * zc.y) * min(1.f, a.y);
+                        x[j] = pack_bf16(d.x, d.y);
+                    }
+                    store_matrices(block_at(dq_panel, k), x);
+                }
+                async_fence();
+                products_wait<0>();
+                products_done(dM);
+                if (n < ROWS) {
+                    meet();
+                    store_rows(dqkv + (s.row + t) * p.qkv_stride() + q_column, p.qkv_stride(), shared.pointer(dq_panel), n);
+                }
+                barrier_arrive(shared.done(tile));
+            }
+
+            // The sum of all blocks' parts
+            if (CLUSTER > 1 && writes) {
+                cluster_wait(shared.written(), parts % 2);
+#pragma unroll
+                for (int n = 0; n < 8; n++) {
+                    float4 x = make_float4(0, 0, 0, 0);
+#pragma unroll
+                    for (int r = 0; r < CLUSTER; r++) x = sum_of(x, cluster_load(shared_address(shared.part() + n * THREADS + threadIdx.x), r));
+                    set_dM(n, x);
+                }
+                if (threadIdx.x < HS / 4) {
+                    float4 x = make_float4(0, 0, 0, 0);
+                    for (int r = 0; r < CLUSTER; r++) x = sum_of(x, cluster_load(shared_address((float4*)shared.part_z() + threadIdx.x), r));
+                    ((float4*)shared.dz())[threadIdx.x] = x;
+                }
+                __syncwarp();
+                if (lane() < CLUSTER) cluster_arrive(shared.read(), lane());
+                parts++;
+                async_fence();
+                meet();
+            }
+
+            if (!DELTA && i > begin) fetch(p.segments[i - 1]);
+
+            // dk, dv, with the delta rule dM and dz too
+            for (int t = rank * ROWS; t < s.q_len && (writes || reads); t += STEP, tile++) {
+                const uint32_t k_panel = shared.stage(tile), v_panel = k_panel + PANEL, dk = k_panel + 2 * PANEL, dv = k_panel + 3 * PANEL;
+                const int n = s.q_len - t;
+                barrier_wait(shared.full(tile), tile / STAGES % 2);
+                if (writes) {
+                    uint32_t f[4][4], u[4][4];
+                    float dU[32], c[32], inverse[2], dden[2] = {0, 0};
+                    load_features(f, k_panel);
+                    products_begin();
+                    times<1>(dU, f, dM_panel);
+                    if constexpr (DELTA) times<1>(c, f, M);
+                    products_commit();
+#pragma unroll
+                    for (int k = 0; k < 4; k++) load_matrices(u[k], block_at(v_panel, k));
+                    if constexpr (DELTA) inverse_denominators(inverse, f, z);
+                    products_wait<0>();
+                    products_done(dU);
+                    if constexpr (DELTA) {
+                        products_done(c);
+#pragma unroll
+                        for (int k = 0; k < 4; k++)
+#pragma unroll
+                            for (int j = 0; j < 4; j++) {  // U = v − V̂
+                                float2 v = unpack_bf16(u[k][j]);
+                                int e = 8 * k + 2 * j;
+                                float V0 = c[e] * inverse[j % 2], V1 = c[e + 1] * inverse[j % 2];
+                                dden[j % 2] += dU[e] * V0 + dU[e + 1] * V1;
+                                u[k][j] = pack_bf16(v.x - V0, v.y - V1);
+                            }
+                    }
+                    products_begin();
+                    times<0>(c, u, dM_panel);  // dΦ(k)
+                    products_commit();
+#pragma unroll
+                    for (int k = 0; k < 4; k++) {
+                        uint32_t x[4];
+                        load_matrices(x, block_at(dv, k));
+#pragma unroll
+                        for (int j = 0; j < 4; j++) {
+                            float2 d = unpack_bf16(x[j]);
+                            x[j] = pack_bf16(keep * d.x + dU[8 * k + 2 * j], keep * d.y + dU[8 * k + 2 * j + 1]);
+                        }
+                        store_matrices(block_at(dv, k), x);
+                    }
+                    if constexpr (DELTA) {  // −Φ/den takes the place of k, dU that of v; dden·den
+                        float* r = shared.rows(tile);
+#pragma unroll
+                        for (int e = 0; e < 2; e++) {
+                            dden[e] = sum_of_row(dden[e]);
+                            if (lane() % 4 == 0) r[row_of(e)] = row_of(e) < n ? -dden[e] : 0;
+                            dden[e] *= inverse[e];
+                        }
+#pragma unroll
+                        for (int k = 0; k < 4; k++) {
+                            uint32_t x[4], y[4];
+#pragma unroll
+                            for (int j = 0; j < 4; j++) {
+                                bool there = row_of(j % 2) < n;
+                                float2 a = unpack_bf16(f[k][j]);
+                                x[j] = there ? pack_bf16(-inverse[j % 2] * a.x, -inverse[j % 2] * a.y) : 0;
+                                y[j] = there ? pack_bf16(dU[8 * k + 2 * j], dU[8 * k + 2 * j + 1]) : 0;
+                            }
+                            store_matrices(block_at(k_panel, k), x);
+                            store_matrices(block_at(v_panel, k), y);
+                        }
+                    }
+                    products_wait<0>();
+                    products_done(c);
+                    if constexpr (DELTA) {
+#pragma unroll
+                        for (int k = 0; k < 4; k++)
+#pragma unroll
+                            for (int j = 0; j < 4; j++)
+                                u[k][j] = pack_bf16(-inverse[j % 2] * dU[8 * k + 2 * j], -inverse[j % 2] * dU[8 * k + 2 * j + 1]);  // dn
+                        async_fence();
+                        meet();
+                        products_begin();
+                        times<0>(c, u, M, true);
+#pragma unroll
+                        for (int k = 0; k < 4; k++)
+                            product<1, 1>(dM, panel_operand_transposed(k_panel, PANEL) + 128 * k, panel_operand_transposed(v_panel, PANEL) + 128 * k, true);
+                        products_commit();
+#pragma unroll
+                        for (int k = 0; k < 4; k++) {
+                            uint32_t x[4], w[2];
+                            load_matrices_transposed(x, transposed_block_at(k_panel, k));
+#pragma unroll
+                            for (int e = 0; e < 2; e++) {
+                                float2 r = *(const float2*)(shared.rows(tile) + 16 * k + 8 * e + lane() % 4 * 2);
+                                w[e] = lane() < 4 ? pack_bf16(r.x, r.y) : 0;
+                            }
+                            mma(dz, x, w[0], w[1]);
+                        }
+                        products_wait<0>();
+                        products_done(c);
+                        products_done(dM);
+                    }
+#pragma unroll
+                    for (int k = 0; k < 4; k++) {
+                        uint32_t x[4];
+                        load_matrices(x, block_at(dk, k));
+#pragma unroll
+                        for (int j = 0; j < 4; j++) {
+                            float2 d = unpack_bf16(x[j]), a = unpack_bf16(f[k][j]), dzc = *(const float2*)(shared.dz() + column_of(k, j));
+                            float d0 = c[8 * k + 2 * j] + dzc.x, d1 = c[8 * k + 2 * j + 1] + dzc.y;
+                            if constexpr (DELTA) {
+                                float2 zc = *(const float2*)(z + column_of(k, j));
+                                d0 += dden[j % 2] * zc.x;
+                                d1 += dden[j % 2] * zc.y;
+                            }
+                            x[j] = pack_bf16(keep * d.x + d0 * min(1.f, a.x), keep * d.y + d1 * min(1.f, a.y));
+                        }
+                        store_matrices(block_at(dk, k), x);
+                    }
+                } else {
+                    int4* at = (int4*)shared.pointer(dk);
+#pragma unroll
+                    for (int e = 0; e < 2 * ROWS * 8 / THREADS; e++) {
+                        Packed<bf16> x = *(Packed<bf16>*)(at + e * THREADS + threadIdx.x);
+#pragma unroll
+                        for (int k = 0; k < 8; k++) x.set(k, keep * x[k]);
+                        *(Packed<bf16>*)(at + e * THREADS + threadIdx.x) = x;
+                    }
+                }
+                async_fence();
+                if (n < ROWS) {
+                    meet();
+                    bf16* to = dqkv + (s.row + t) * p.qkv_stride();
+                    store_rows(to + k_column, p.qkv_stride(), shared.pointer(dk), n);
+                    store_rows(to + v_column, p.qkv_stride(), shared.pointer(dv), n);
+                }
+                barrier_arrive(shared.done(tile));
+            }
+        }
+        sum = warp_sum(sum);
+        if (lane() == 0) shared.warps()[threadIdx.x / 32] = sum;
+        meet();
+        if (threadIdx.x == 0) partial[blockIdx.x] = shared.warps()[0] + shared.warps()[1] + shared.warps()[2] + shared.warps()[3];
+    }
+    if (CLUSTER > 1) cluster_barrier();  // nobody leaves while others read here
+#endif
+}
+
+}  // namespace gpu
+#endif
