@@ -8,14 +8,15 @@
 //     attention  a head of the token and a part of its keys to a block: o, m = max s, l = Σ exp(s − m) of each part; the next stage merges them as it reads
 //
 //   - Weights come ahead of their stage. Which ones a block will need, and in what order, is known beforehand: a warp of its own brings them by bulk copies
-//     into a queue in shared memory, 8 to 12 slots of 16 KB, that knows no borders between stages. (Copies by the warps that compute, cp.async, hold these up for
-//     microseconds as soon as memory is busy: they could neither see x nor let results go.)
+//     into a queue in shared memory, 8 to 12 slots of 16 KB, that knows no borders between stages. (Copies by the warps that compute, cp.async, hold these up
+//     for microseconds as soon as memory is busy: they could neither see x nor let results go.) Of long stages it asks for two slots at a time, which is enough
+//     for memory's rate: all else that is read waits behind what has been asked for.
 //   - There are no barriers between blocks. Results go from stage to stage through a memory (the *exchange*) which is filled with EMPTY before, a pattern that
 //     no result has: two bf16 (one float) whose bits are all ones, a NaN, where arithmetic makes another one. Who needs a number reads it until it is there. A
 //     barrier would cost three ways to the second-level cache and back (the writes' acknowledgement, the arrival, the read behind it), this costs one. All
 //     blocks ask for the same few lines: results are written to some copies, of which a block reads one.
-//   - What does not come through the queue (keys and values, biases, gains) is asked for some stages beforehand, into the second-level cache: behind
-//     the weights in memory's queue it would take 4 µs.
+//   - What does not come through the queue (keys and values, biases, gains) is asked for some stages beforehand, by another warp, into the second-level cache:
+//     behind the weights in memory's queue it would take 4 µs.
 //
 // A number of a linear layer has matvec_kernel3's bits: the same products in the same order. What stands between two results is latency, some 250 instructions
 // one behind another; what can be is done while x is not there.
@@ -39,12 +40,14 @@ namespace gpu {
 
 namespace chain {
 
-constexpr int WARPS = 8, THREADS = 32 * WARPS;           // that compute; another warp brings the weights
-constexpr int CHUNK = 1024, SLABS = CHUNK / 32 / WARPS;  // channels of a tile's rows that come together; slabs of them that a warp has
-constexpr int ROW_BYTES = 2 * CHUNK + 64, SLOT_BYTES = 8 * ROW_BYTES, MIN_SLOTS = 8,
-              MAX_SLOTS = 12;  // of the queue; rows lie so that two of them share no banks
-constexpr int TILES = 8;       // whose sums meet at the same time
-constexpr int WIDE = 2048;     // with more channels a tile has 16 sums to add up, two of each warp, as in matvec_kernel3; else 8
+constexpr int WARPS = 8, THREADS = 32 * WARPS;  // that compute
+constexpr int ALL_THREADS = THREADS + 64;       // and a warp that brings the weights, and one that asks for other things beforehand
+constexpr int AHEAD = 4;                        // so many stages beforehand
+// The queue: a slot holds CHUNK channels, or what is left, of a tile's 8 rows, which lie so that two of them share no banks. A warp has SLABS slabs of a chunk,
+// and AT_ONCE chunks in registers.
+constexpr int CHUNK = 1024, SLABS = CHUNK / 32 / WARPS, AT_ONCE = 4;
+constexpr int ROW_BYTES = 2 * CHUNK + 64, SLOT_BYTES = 8 * ROW_BYTES, MIN_SLOTS = 8, MAX_SLOTS = 12;
+constexpr int TILES = 8;  // whose sums meet at the same time
 constexpr int SUMS_BYTES = 2 * TILES * 2 * WARPS * 8 * sizeof(float);
 constexpr int MAX_CHANNELS = 8192, X_PACKS = MAX_CHANNELS / 8 / THREADS;  // 16 bytes of x that a thread brings
 constexpr int MAX_HEAD_SIZE = 256, MAX_SEGMENTS = 8;
@@ -116,7 +119,7 @@ struct StageList {
     int count;
     uint32_t exchange_bytes;  // of each copy, that are used
     uint32_t x_bytes;         // one of two places for x, or for what the warps of an attention stage have to merge
-    int slots;                // of the queue
+    int slots, on_their_way;  // of the queue; as many are asked for at the same time
     Stage stage[MAX_STAGES];
 };
 
@@ -162,6 +165,24 @@ __device__ __forceinline__ void bulk_load(uint32_t to, const floatX* from, int b
                              "r"(bytes), "r"(barrier), "l"(policy)
                              : "memory");)
 }
+__device__ __forceinline__ bool barrier_passed(uint32_t barrier, int parity) {
+    uint32_t done = 0;
+    HOPPER_ONLY(asm volatile("{\n"
+                             ".reg .pred done;\n"
+                             "mbarrier.test_wait.parity.shared::cta.b64 done, [%1], %2;\n"
+                             "selp.b32 %0, 1, 0, done;\n"
+                             "}"
+                             : "=r"(done)
+                             : "r"(barrier), "r"(parity)
+                             : "memory");)
+    return done;
+}
+__device__ __forceinline__ uint2 load_shared_words(uint32_t address) {
+    uint2 x;
+    asm volatile("ld.shared.v2.b32 {%0,%1}, [%2];" : "=r"(x.x), "=r"(x.y) : "r"(address) : "memory");
+    return x;
+}
+__device__ __forceinline__ void store_shared_number(uint32_t address, float x) { asm volatile("st.shared.f32 [%0], %1;" ::"r"(address), "f"(x) : "memory"); }
 // threadIdx.x, which the compiler is not to know: else it works out beforehand what follows from it, for all stages, and has no registers for all that.
 __device__ __forceinline__ int thread_number() {
     int t;
@@ -213,12 +234,11 @@ __device__ __forceinline__ const floatX* key_at(const CausalToken& a, const KeyP
 }
 
 // The old keys and values of this block's part, into the second-level cache.
-__device__ __forceinline__ void ask_for_keys(const CausalToken& a, const KeyPlaces& places) {
-    const int tid = thread_number();
+__device__ __forceinline__ void ask_for_keys(const CausalToken& a) {
+    const int lane = threadIdx.x % 32;
     if ((int)blockIdx.x >= a.heads * a.parts) return;
-    for (int j = a.begin + (int)tid / 2; j < min(a.end, a.own); j += THREADS / 2) {
-        const floatX* row =
-            a.rows + (places.are(a) && j - a.begin < KeyPlaces::KEYS ? places.offset[j - a.begin] : key_offset(a, j)) + (tid % 2 ? a.to_value : 0);
+    for (int j = a.begin + lane / 2; j < min(a.end, a.own); j += 16) {
+        const floatX* row = a.rows + key_offset(a, j) + (lane % 2 ? a.to_value : 0);
         for (int c = 0; c < a.hs; c += 64) decode::prefetch(row + c);
     }
 }
@@ -425,10 +445,12 @@ struct Queue {
     }
 };
 
-// By one warp: all that the block needs, as soon as there is room.
-__device__ __forceinline__ void bring_weights(Queue queue, const Feed* feeds, int count) {
+// By one warp: all that the block needs, as soon as there is room, on_their_way slots at a time.
+__device__ __forceinline__ void bring_weights(Queue queue, const Feed* feeds, int count, int on_their_way) {
     const int lane = threadIdx.x % 32;
     const uint64_t policy = read_once();
+    Queue older = queue;
+    int asked = 0;
     for (int f = 0; f < count; f++) {
         const Feed feed = feeds[f];
         for (int t = 0; t < feed.tiles; t++) {
@@ -436,6 +458,10 @@ __device__ __forceinline__ void bring_weights(Queue queue, const Feed* feeds, in
             const floatX* from = feed.w + (int64_t)t * feed.step + (int64_t)lane * feed.C;
             for (int c = 0; c < feed.C; c += CHUNK, queue.advance()) {
                 const int bytes = min(CHUNK, feed.C - c) * (int)sizeof(floatX);
+                if (asked++ >= on_their_way) {
+                    barrier_wait(older.full(older.slot), older.phase);
+                    older.advance();
+                }
                 barrier_wait(queue.empty(queue.slot), queue.phase ^ 1);
                 if (lane == 0) barrier_arrive_expect(queue.full(queue.slot), rows * bytes);
                 __syncwarp();
@@ -445,35 +471,33 @@ __device__ __forceinline__ void bring_weights(Queue queue, const Feed* feeds, in
     }
 }
 
-// Up to TOGETHER chunks of a warp, as many as `there`: waits for them, loads them; a warp has its slabs w, w + 8 ... of each.
-template <int TOGETHER>
-__device__ __forceinline__ void take_chunks(uint4 (&w)[TOGETHER][SLABS], const Queue& queue, int there) {
+// A warp's slabs w, w + 8 ... of the next `count` chunks: waits for them and loads them; then their slots are free.
+__device__ __forceinline__ void take_chunks(uint4 (&w)[AT_ONCE][SLABS], Queue& queue, int count) {
     const int tid = thread_number();
-    const int lane = tid % 32, warp = tid / 32;
-    Queue q = queue;
+    const int lane = tid % 32;
+    const uint32_t own = queue.slots + lane / 4 * ROW_BYTES + tid / 32 * 64 + lane % 4 * 16;
+    uint32_t empty = 0;
 #pragma unroll
-    for (int t = 0; t < TOGETHER; t++) {
-        if (t >= there) break;
-        barrier_wait(q.full(q.slot), q.phase);
-        const uint32_t at = q.slots + q.slot * SLOT_BYTES + lane / 4 * ROW_BYTES + warp * 64 + lane % 4 * 16;
+    for (int i = 0; i < AT_ONCE; i++) {
+        if (i >= count) break;
+        barrier_wait(queue.full(queue.slot), queue.phase);
+        const uint32_t at = own + queue.slot * SLOT_BYTES;
 #pragma unroll
-        for (int u = 0; u < SLABS; u++) w[t][u] = load_shared(at + u * WARPS * 64);
-        q.advance();
-    }
-}
-__device__ __forceinline__ void free_chunks(Queue& queue, int there) {
-    const int tid = thread_number();
-    __syncwarp();
-    for (int t = 0; t < there; t++) {
-        if (tid % 32 == 0) barrier_arrive(queue.empty(queue.slot));
+        for (int u = 0; u < SLABS; u++) w[i][u] = load_shared(at + u * WARPS * 64);
+        if (lane == i) empty = queue.empty(queue.slot);
         queue.advance();
     }
+    __syncwarp();
+    if (empty) barrier_arrive(empty);
+}
+// Whether the last of them has come.
+__device__ __forceinline__ bool chunks_are_there(const Queue& queue, int count) {
+    int slot = queue.slot + count - 1;
+    bool next = slot >= queue.count;
+    return barrier_passed(queue.full(next ? slot - queue.count : slot), queue.phase ^ next);
 }
 
 // ---- linear layers ----------------------------------------------------------------------------------------------------------------------------------------
-
-// 8 channels to where the products read them: of each half of the four words one is for the upper rows, one for the lower.
-__device__ __forceinline__ void store_x(uint32_t address, const uint4& x) { store_shared(address, uint4{x.x, x.z, x.y, x.w}); }
 
 // x of a layer to shared memory, by the last warps: a lane has 8 channels, with a norm a warp a segment.
 __device__ __forceinline__ void load_x(const Linear& m, const char* exchange, uint32_t x_at, float2* segment) {
@@ -514,35 +538,43 @@ __device__ __forceinline__ void load_x(const Linear& m, const char* exchange, ui
         segments <= MAX_SEGMENTS / 2 ? combine(std::integral_constant<int, MAX_SEGMENTS / 2>()) : combine(std::integral_constant<int, MAX_SEGMENTS>());
         float rstd = rsqrtf(variance + norm_epsilon<true>);
         if (chunk < slabs * 4)
-            store_x(x_at + chunk * 16, uint4{normalised(u.x, mean, rstd, gain.x, shift.x), normalised(u.y, mean, rstd, gain.y, shift.y),
-                                             normalised(u.z, mean, rstd, gain.z, shift.z), normalised(u.w, mean, rstd, gain.w, shift.w)});
+            store_shared(x_at + chunk * 16, uint4{normalised(u.x, mean, rstd, gain.x, shift.x), normalised(u.y, mean, rstd, gain.y, shift.y),
+                                                  normalised(u.z, mean, rstd, gain.z, shift.z), normalised(u.w, mean, rstd, gain.w, shift.w)});
     } else if (m.parts) {
 #pragma unroll 1
         for (int c = tid / 2; c - lane / 2 < slabs * 4; c += THREADS / 2) {  // (whole warps; behind the end the last ones again)
             uint4 u = merged_parts(x_from - chunk * 16, m, min(c, slabs * 4 - 1) * 8, lane % 2);
-            if (lane % 2 == 0 && c < slabs * 4) store_x(x_at + c * 16, u);
+            if (lane % 2 == 0 && c < slabs * 4) store_shared(x_at + c * 16, u);
         }
     } else {
-        uint4 u[X_PACKS] = {};
-#pragma unroll
-        for (int i = 0; i < X_PACKS; i++)
-            if ((chunk + i * THREADS) * 8 < C) u[i] = read16(x_from + i * THREADS * 16);
+        uint4 u[X_PACKS];
 #pragma unroll
         for (int i = 0; i < X_PACKS; i++) {
-            if ((chunk + i * THREADS) * 8 < C)
-                while (wait && missing(u[i])) u[i] = read16(x_from + i * THREADS * 16);
-            if (chunk + i * THREADS < slabs * 4) store_x(x_at + (chunk + i * THREADS) * 16, u[i]);
+            u[i] = {0, 0, 0, 0};
+            if ((chunk + i * THREADS) * 8 < C) u[i] = read16(x_from + i * THREADS * 16);
         }
+        for (bool again = wait; again;) {  // all that are missing together
+            again = false;
+#pragma unroll
+            for (int i = 0; i < X_PACKS; i++) again |= missing(u[i]);
+            if (again)
+#pragma unroll
+                for (int i = 0; i < X_PACKS; i++)
+                    if (missing(u[i])) u[i] = read16(x_from + i * THREADS * 16);
+        }
+#pragma unroll
+        for (int i = 0; i < X_PACKS; i++)
+            if (chunk + i * THREADS < slabs * 4) store_shared(x_at + (chunk + i * THREADS) * 16, u[i]);
     }
 }
 
-// A stage. SUMS: how many there are of a tile, 8, or 16 of a wide stage's.
-template <int SUMS>
+// A stage.
 __device__ __forceinline__ void linear_stage(const Linear& m, char* exchange, uint32_t x_at, float2* segment, uint32_t sums, Queue& queue) {
     const int tid = thread_number();
-    constexpr int SERIES = SUMS / WARPS, TOGETHER = 3;  // sums of a warp, which take its slabs by turns; chunks that are multiplied together
     const int lane = tid % 32, warp = tid / 32, row = lane / 4, pair = lane % 4;
     const int OC = m.OC, tiles = m.tiles, step = gridDim.x, slabs = m.C / 32, chunks = (m.C + CHUNK - 1) / CHUNK;
+    const bool wide = chunks > 2;                                         // with two sums of each warp, which take its slabs by turns
+    const int together = chunks == 1 ? AT_ONCE : wide ? 1 : AT_ONCE / 2;  // tiles
     int tile = m.tile;
 
     // What does not depend on the stage before: the first warp has outputs 2·pair ... of tile `row` of those that come next.
@@ -555,87 +587,65 @@ __device__ __forceinline__ void linear_stage(const Linear& m, char* exchange, ui
     int o = OC;  // OC: none
     auto begin_outputs = [&] {
         o = min((tile + row * step) * 8 + pair * 2, OC);
-        if (row >= TILES) o = OC;
         b = o < OC && bias ? load_parameter_pair(bias + o) : 0;
         residual = o < OC && residual_from ? read4(residual_from + (int64_t)o * 2) : 0;
     };
     if (warp == 0) begin_outputs();
 
-    // The first weights too, which are there long since. (Not left as they were: the compiler would carry them along, through all stages.)
-    const bool together = SERIES == 1 && chunks == 1;  // some tiles are multiplied at the same time
-    auto chunks_there = [&](int chunk) { return together ? 1 + (tile + step < tiles) + (tile + 2 * step < tiles) : min(TOGETHER, chunks - chunk); };
-    uint4 w[TOGETHER][SLABS] = {};
-    int there = chunks_there(0);
-    bool taken = true;
-    take_chunks(w, queue, there);
+    // The first weights too, if they are there: so their slots are filled again while x is waited for. (Not left as they were: the compiler would carry them
+    // along, through all stages.)
+    uint4 w[AT_ONCE][SLABS] = {};
+    auto tiles_now = [&] {
+        return 1 + (together > 1 && tile + step < tiles) + (together > 2 && tile + 2 * step < tiles) + (together > 3 && tile + 3 * step < tiles);
+    };
+    auto chunks_now = [&](int chunk) { return tiles_now() * min(chunks - chunk, AT_ONCE); };
+    bool taken = chunks_are_there(queue, chunks_now(0));
+    if (taken) take_chunks(w, queue, chunks_now(0));
 
     load_x(m, exchange, x_at, segment);
     meet();
 
-    uint32_t to = sums, other = sums + TILES * SUMS * 32;
-    const uint32_t x_own = x_at + warp * 64 + pair * 16;
-    // Two sums for each, of the first and of the second product of each slab, since a product waits for the one before it. As in matvec_kernel3, but x's first
-    // half stands in the upper 8 of the 16 rows that are multiplied, its second half in the lower ones, so that nothing need be moved: of the first product the
-    // upper rows are wanted, of the second the lower. (All 8 are the same.)
-    auto multiply = [&](float(&sum)[2][4], const uint4& x, const uint4& w) {
-        mma(sum[0], {x.x, x.y, x.z, x.w}, w.x, w.y);
-        mma(sum[1], {x.x, x.y, x.z, x.w}, w.z, w.w);
+    // A tile's 8 rows are the products' rows twice, with the first half of what a lane has of a slab and with the second; x's halves are two of their columns.
+    // Of a product's sums those are wanted that belong together. As in matvec_kernel3, a half of a slab after another is added to a sum of its own.
+    uint32_t to = sums, other = sums + TILES * 2 * WARPS * 32;
+    const uint32_t x_own = x_at + warp * 64 + pair * 16 + row % 2 * 8;
+    auto multiply = [&](const uint4(&w)[SLABS], int chunk, float(&even)[4], float(&odd)[4]) {
+        uint2 x[SLABS];
+#pragma unroll
+        for (int u = 0; u < SLABS; u++) x[u] = load_shared_words(x_own + (chunk * SLABS + u) * WARPS * 64);  // behind the last slab: anything
+#pragma unroll
+        for (int u = 0; u < SLABS; u++)
+            if ((chunk * SLABS + u) * WARPS + warp < slabs) mma(u % 2 ? odd : even, {w[u].x, w[u].z, w[u].y, w[u].w}, x[u].x, x[u].y);
     };
 #pragma unroll 1
     while (tile < tiles) {
         int done = 0;
-        auto leave_sum = [&](const float(&sum)[2][4], int number) {
-            if (row == 0) store_shared(to + (done * SUMS + number) * 32 + pair * 8, float2{sum[0][0] + sum[1][2], sum[0][1] + sum[1][3]});
-        };
-        if (together) {
-            uint4 x[SLABS];
-#pragma unroll
-            for (int u = 0; u < SLABS; u++) x[u] = load_shared(x_own + u * WARPS * 64);  // behind the last slab: anything
 #pragma unroll 1
-            while (done + TOGETHER <= TILES && tile < tiles) {
-                float sum[TOGETHER][2][4] = {};
-                if (!taken) take_chunks(w, queue, there = chunks_there(0));
+        while (done + together <= TILES && tile < tiles) {
+            float sum[AT_ONCE][4] = {};
+            const int count = tiles_now();
+#pragma unroll 1
+            for (int chunk = 0; chunk < chunks; chunk += AT_ONCE) {
+                if (!taken) take_chunks(w, queue, chunks_now(chunk));
                 taken = false;
+                // What tiles that are not there add up to is not used.
+                if (wide)
 #pragma unroll
-                for (int u = 0; u < SLABS; u++)
-                    if (u * WARPS + warp < slabs)  // else nothing has come there
+                    for (int i = 0; i < AT_ONCE; i++) multiply(w[i], chunk + i, sum[0], sum[1]);
+                else if (together == AT_ONCE)
 #pragma unroll
-                        for (int t = 0; t < TOGETHER; t++)
-                            if (t < there) multiply(sum[t], x[u], w[t][u]);
+                    for (int i = 0; i < AT_ONCE; i++) multiply(w[i], 0, sum[i], sum[i]);
+                else
 #pragma unroll
-                for (int t = 0; t < TOGETHER; t++)
-                    if (t < there) {
-                        leave_sum(sum[t], warp);
-                        done++;
-                        tile += step;
-                    }
-                free_chunks(queue, there);
+                    for (int i = 0; i < AT_ONCE; i++) multiply(w[i], i % 2, sum[i / 2], sum[i / 2]);
             }
-        } else {
-#pragma unroll 1
-            while (done < TILES && tile < tiles) {
-                float sum[SERIES][2][4] = {};
-#pragma unroll 1
-                for (int chunk = 0; chunk < chunks; chunk += TOGETHER) {
-                    uint4 x[TOGETHER][SLABS];
-                    if (!taken) take_chunks(w, queue, there = chunks_there(chunk));
-                    taken = false;
+            const uint32_t own = to + (((wide ? 2 : 1) * done * WARPS + warp) * 8 + row) * 4;
+            const int leaves = wide ? 2 : count;
 #pragma unroll
-                    for (int t = 0; t < TOGETHER; t++)
-#pragma unroll
-                        for (int u = 0; u < SLABS; u++) x[t][u] = load_shared(x_own + ((chunk + t) * SLABS + u) * WARPS * 64);
-#pragma unroll
-                    for (int t = 0; t < TOGETHER; t++)
-#pragma unroll
-                        for (int u = 0; u < SLABS; u++)
-                            if (((chunk + t) * SLABS + u) * WARPS + warp < slabs) multiply(sum[u % SERIES], x[t][u], w[t][u]);
-                    free_chunks(queue, there);
-                }
-#pragma unroll
-                for (int i = 0; i < SERIES; i++) leave_sum(sum[i], warp + i * WARPS);
-                done++;
-                tile += step;
-            }
+            for (int i = 0; i < AT_ONCE; i++)
+                if (i < leaves && pair == 0) store_shared_number(own + i * WARPS * 32, sum[i][0] + sum[i][3]);
+            done += count;
+            tile += count * step;
         }
 
         // The first warp adds up what all have. The others need not wait for it, unless they will leave more.
@@ -646,14 +656,24 @@ __device__ __forceinline__ void linear_stage(const Linear& m, char* exchange, ui
         named_barrier(1, THREADS);
         if (warp == 0) {
             if (row < done && o < OC) {
-                float2 part[SUMS];
+                auto total = [&](uint32_t at) {
+                    float2 part[WARPS];
 #pragma unroll
-                for (int w = 0; w < SUMS; w++) part[w] = load_shared_pair(to + (row * SUMS + w) * 32 + pair * 8);
+                    for (int w = 0; w < WARPS; w++) part[w] = load_shared_pair(at + w * 32 + pair * 8);
 #pragma unroll
-                for (int d = 1; d < SUMS; d *= 2)
+                    for (int d = 1; d < WARPS; d *= 2)
 #pragma unroll
-                    for (int w = 0; w < SUMS; w += 2 * d) part[w].x += part[w + d].x, part[w].y += part[w + d].y;
-                float2 v = unpack_bf16(b), y = {part[0].x + v.x, part[0].y + v.y};
+                        for (int w = 0; w < WARPS; w += 2 * d) part[w].x += part[w + d].x, part[w].y += part[w + d].y;
+                    return part[0];
+                };
+                float2 y, v = unpack_bf16(b);
+                if (wide) {
+                    float2 first = total(to + 2 * row * WARPS * 32), second = total(to + (2 * row + 1) * WARPS * 32);
+                    y = {first.x + second.x, first.y + second.y};
+                } else {
+                    y = total(to + row * WARPS * 32);
+                }
+                y.x += v.x, y.y += v.y;
                 if (with_gelu) y.x = gelu(y.x), y.y = gelu(y.y);
                 while (waits && residual == EMPTY) residual = read4(residual_from + (int64_t)o * 2);
                 v = unpack_bf16(residual);
@@ -671,19 +691,23 @@ __device__ __forceinline__ void linear_stage(const Linear& m, char* exchange, ui
     }
 }
 
-// What a stage will read of memory and does not come through the queue goes to the second-level cache beforehand.
-__device__ __forceinline__ void ask_for(const Stage& stage, const KeyPlaces& places) {
-    const int tid = thread_number();
-    if (stage.attention) {
-        ask_for_keys(stage.causal, places);
-        return;
-    }
-    const Linear& m = stage.linear;
-    const int line = (int)(blockIdx.x + tid * gridDim.x) * 64;  // numbers
-    if (m.b && line < m.OC) decode::prefetch(m.b + line);
-    if (m.norm.gain && line < m.C) {
-        decode::prefetch(m.norm.gain + line);
-        decode::prefetch(m.norm.bias + line);
+// By one warp, some stages ahead of the others: what a stage will read of memory and does not come through the queue goes to the second-level cache.
+__device__ __forceinline__ void ask_for(const Stage* stages, int count, const volatile int& now) {
+    const int lane = threadIdx.x % 32;
+    for (int s = 0; s < count; s++) {
+        while (s > now + AHEAD) __nanosleep(100);
+        if (stages[s].attention) {
+            ask_for_keys(stages[s].causal);
+            continue;
+        }
+        const Linear& m = stages[s].linear;
+        for (int line = (int)(blockIdx.x + lane * gridDim.x) * 64; line < max(m.b ? m.OC : 0, m.norm.gain ? m.C : 0); line += 32 * gridDim.x * 64) {
+            if (m.b && line < m.OC) decode::prefetch(m.b + line);
+            if (m.norm.gain && line < m.C) {
+                decode::prefetch(m.norm.gain + line);
+                decode::prefetch(m.norm.bias + line);
+            }
+        }
     }
 }
 
@@ -716,12 +740,12 @@ __device__ inline int deal_out(Stage* stages, Feed* feeds, int count) {
 
 // ATTENTION_LANES: 8 or 32, of 8 columns each.
 template <int ATTENTION_LANES>
-__global__ void __launch_bounds__(THREADS + 32, 1) chain_kernel(const __grid_constant__ StageList list, Control* control, char* exchange_memory) {
+__global__ void __launch_bounds__(ALL_THREADS, 1) chain_kernel(const __grid_constant__ StageList list, Control* control, char* exchange_memory) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
     extern __shared__ uint4 chain_memory[];
     __shared__ uint64_t barriers[2 * MAX_SLOTS];
     __shared__ uint32_t launch_half, launch_used;
-    __shared__ int feeds_found;
+    __shared__ int feeds_found, stage_now;
     __shared__ float2 segment[MAX_SEGMENTS];
     __shared__ KeyPlaces places;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, count = list.count;
@@ -733,7 +757,7 @@ __global__ void __launch_bounds__(THREADS + 32, 1) chain_kernel(const __grid_con
     float2* rotation = (float2*)(sums + SUMS_BYTES);
     Queue queue = {(shared_address(rotation + MAX_HEAD_SIZE / 2) + 127) / 128 * 128, shared_address(barriers), list.slots, 0, 0};
 
-    for (int i = threadIdx.x; i < count * (int)(sizeof(Stage) / 16); i += THREADS + 32) ((uint4*)stages)[i] = ((const uint4*)list.stage)[i];
+    for (int i = threadIdx.x; i < count * (int)(sizeof(Stage) / 16); i += ALL_THREADS) ((uint4*)stages)[i] = ((const uint4*)list.stage)[i];
     if (threadIdx.x == 0) {
         launch_half = *(volatile uint32_t*)&control->half;
         launch_used = *(volatile uint32_t*)&control->used;
@@ -744,19 +768,23 @@ __global__ void __launch_bounds__(THREADS + 32, 1) chain_kernel(const __grid_con
         barrier_init_fence();
     }
     if (threadIdx.x < MAX_SEGMENTS) segment[threadIdx.x] = {0, 0};
-    if (threadIdx.x == 0) places.table = nullptr;
+    if (threadIdx.x == 0) places.table = nullptr, stage_now = 0;
     __syncthreads();
     if (warp == WARPS) {
         int known = deal_out(stages, feeds, count);
         if (lane == 0) feeds_found = known;
         __syncwarp();
-    } else {
+    } else if (warp < WARPS) {
         for (int s = threadIdx.x; s < count; s += THREADS)
             if (stages[s].attention) find_part(stages[s].causal);
     }
     __syncthreads();
     if (warp == WARPS) {
-        bring_weights(queue, feeds, feeds_found);
+        bring_weights(queue, feeds, feeds_found, list.on_their_way);
+        return;
+    }
+    if (warp == WARPS + 1) {
+        ask_for(stages, count, stage_now);
         return;
     }
 
@@ -799,12 +827,10 @@ __global__ void __launch_bounds__(THREADS + 32, 1) chain_kernel(const __grid_con
             prepare(stages[s].causal);
             break;
         }
-    constexpr int AHEAD = 4;
-    for (int s = 0; s < min(AHEAD, count); s++) ask_for(stages[s], places);
     int turn = 0;  // of the places for x
 #pragma unroll 1
     for (int s = 0; s < count; s++) {
-        if (s + AHEAD < count) ask_for(stages[s + AHEAD], places);
+        if (threadIdx.x == 0) *(volatile int*)&stage_now = s;
         char* x_place = x_places + turn * list.x_bytes;
         if (stages[s].attention) {
             const CausalToken& a = stages[s].causal;
@@ -814,10 +840,7 @@ __global__ void __launch_bounds__(THREADS + 32, 1) chain_kernel(const __grid_con
         } else {
             const Linear& m = stages[s].linear;
             if (m.tile >= m.tiles) continue;
-            if (m.C > WIDE)
-                linear_stage<2 * WARPS>(m, exchange, shared_address(x_place), segment, shared_address(sums), queue);
-            else
-                linear_stage<WARPS>(m, exchange, shared_address(x_place), segment, shared_address(sums), queue);
+            linear_stage(m, exchange, shared_address(x_place), segment, shared_address(sums), queue);
         }
         turn ^= 1;
     }
@@ -866,7 +889,7 @@ inline bool usable() {
         for (int head_size : {64, 256}) {
             Kernel kernel = kernel_for(head_size);
             allow_shared_memory(kernel, shared);
-            CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, THREADS + 32, shared));
+            CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, ALL_THREADS, shared));
             if (blocks == 0) return false;
         }
         return exchange().halves != nullptr;
@@ -996,12 +1019,16 @@ class Chain {
         int64_t rest = chain::shared_bytes(list.count, list.x_bytes);
         list.slots = (int)std::min<int64_t>(chain::MAX_SLOTS, (chain::most_shared_bytes() - rest) / chain::SLOT_BYTES);
         int64_t shared = rest + list.slots * chain::SLOT_BYTES;
+        // Short stages need their weights early; long ones keep memory busy with little.
+        int64_t chunks = 0;
+        for (const Matvec& m : linears) chunks += ceil_div(ceil_div(m.OC, 8), device_properties().multiProcessorCount) * ceil_div(m.C, chain::CHUNK);
+        list.on_their_way = chunks > 4ll * list.count ? 2 : 1 << 30;
         cudaLaunchAttribute attribute = {};
         attribute.id = cudaLaunchAttributeCooperative;
         attribute.val.cooperative = 1;
         cudaLaunchConfig_t config = {};
         config.gridDim = dim3((unsigned)device_properties().multiProcessorCount);
-        config.blockDim = dim3(chain::THREADS + 32);
+        config.blockDim = dim3(chain::ALL_THREADS);
         config.dynamicSmemBytes = (size_t)shared;
         config.stream = stream;
         config.attrs = &attribute;
