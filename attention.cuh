@@ -629,29 +629,60 @@ inline int64_t mla_scratch(const AttentionConfig& a, int64_t N, int64_t num_seqs
         for (int64_t n : takes) total += scratch_bytes({n * (int64_t)sizeof(floatX)});
         return total;
     };
-    int64_t branch = numbers({N * d.C}), forward = std::max(branch, numbers({N * d.r_q, N * d.d_c, N * d.kv, N * d.q}));
+    auto rotations = [&](int64_t positions) { return scratch_bytes({positions * d.d_rope * (int64_t)sizeof(float)}); };
+    int64_t branch = numbers({N * d.C}), forward = std::max(branch, numbers({N * d.r_q, N * d.d_c, N * d.kv, N * d.q}) + rotations(max_len));
     if (training) {
         int64_t core = round_up(softmax_backward_scratch(d.NH, d.NH, d.d_qk, d.d_v, N, N), 256), query = numbers({N * d.r_q, N * d.r_q});
         int64_t attention = numbers({N * d.d_c, N * d.kv, N * d.q, N * d.q, N * d.q, N * d.kv, N * d.u}) + std::max(core, query);
         return std::max(forward, numbers({N * d.o}) + std::max(branch, attention));
     }
     // extend: q, u, o; then what each form takes
-    int64_t K = mla_expanded_tokens(d, N, max_len, kv_tokens), query = numbers({N * d.r_q, N * d.r_q}), fresh = numbers({N * d.kv, N * d.q});
+    int64_t K = mla_expanded_tokens(d, N, max_len, kv_tokens), query = numbers({N * d.r_q, N * d.r_q}) + rotations(max_len),
+            fresh = numbers({N * d.kv, N * d.q});
     int64_t latent = numbers({N * d.NH * d.d_c}) + softmax_decode_scratch(d.NH, 1, (int)d.u, d.d_c, (int)num_seqs, max_len), lse = d.NH * N * 4;
     int64_t merged = numbers({N * d.NH * d.u, N * d.o}) + scratch_bytes({lse, lse, (num_seqs + 1) * 4, num_seqs * 4}) + std::max(fresh, latent);
     return std::max(forward, numbers({N * d.q, N * d.u, N * d.o}) + std::max({branch, query, numbers({K * d.u, K * d.kv, K * d.q}), merged}));
 }
 
-// q (N,NH·d_qk), before its rotation. With a query latent: uq (N,r_q) before the norm, rstd_q (N) or null, cq (N,r_q).
+// The query latent: uq (N,r_q) before its norm, rstd_q (N) or null, cq (N,r_q).
+inline void mla_query_latent(const AttentionContext& ctx, const MlaShape& d, const Tensors& parameters, const floatX* x, floatX* uq, float* rstd_q,
+                             floatX* cq) {
+    input_forward(ctx, uq, x, parameters["wdq"], nullptr, d.r_q);
+    rmsnorm_forward(ctx.stream, cq, d.r_q, rstd_q, uq, d.r_q, parameters["gq"], ctx.tokens(), d.r_q);
+}
+
+// q (N,NH·d_qk), before its rotation. With a query latent that too.
 inline void mla_query_forward(const AttentionContext& ctx, const MlaShape& d, const Tensors& parameters, const floatX* x, floatX* uq, float* rstd_q, floatX* cq,
                               floatX* q) {
     if (d.r_q == 0) {
         input_forward(ctx, q, x, parameters["wq"], nullptr, d.q);
         return;
     }
-    input_forward(ctx, uq, x, parameters["wdq"], nullptr, d.r_q);
-    rmsnorm_forward(ctx.stream, cq, d.r_q, rstd_q, uq, d.r_q, parameters["gq"], ctx.tokens(), d.r_q);
+    mla_query_latent(ctx, d, parameters, x, uq, rstd_q, cq);
     linear_forward(ctx, q, cq, parameters["wuq"], nullptr, d.r_q, d.q);
+}
+
+// q rotated, and the latents. Where q's product can rotate on the way, it comes second, and the latents' kernel writes the rotations that it reads; else that
+// kernel rotates q in place. `latents` says all but its queries; takes scratch for the rotations of `positions` positions.
+inline void mla_rotated_query_forward(const AttentionContext& ctx, const MlaShape& d, const Tensors& parameters, const floatX* x, floatX* uq, float* rstd_q,
+                                      floatX* cq, floatX* q, MlaLatents& latents, int positions, Scratch& scratch) {
+    int64_t N = ctx.tokens(), IC = d.r_q ? d.r_q : d.C;
+    const floatX *input = d.r_q ? cq : x, *w = parameters[d.r_q ? "wuq" : "wq"];
+    RotatedColumns rotated = {nullptr, ctx.position, (int)d.q, d.d_qk, d.d_nope, d.d_rope};
+    if (ctx.norm.gain || !linear_rotated_forward(ctx.stream, q, input, w, nullptr, N, IC, d.q, rotated, false)) {
+        latents.q = q;
+        latents.q_to = q + d.d_nope;
+        latents.q_stride = d.q;
+        latents.q_head = d.d_qk;
+        mla_query_forward(ctx, d, parameters, x, uq, rstd_q, cq, q);
+        mla_latents(ctx.stream, d, latents, N);
+        return;
+    }
+    latents.positions = positions;
+    rotated.rotations = latents.rotations = scratch.take<float2>((int64_t)positions * d.d_rope / 2);
+    mla_latents(ctx.stream, d, latents, N);
+    if (d.r_q) mla_query_latent(ctx, d, parameters, x, uq, rstd_q, cq);
+    linear_rotated_forward(ctx.stream, q, input, w, nullptr, N, IC, d.q, rotated);
 }
 
 // From dq, rotated back: dx (N,C), overwritten, and the gradients of the query's parameters.
@@ -712,7 +743,6 @@ inline void mla_forward(const AttentionContext& ctx, const Tensors& parameters, 
     Scratch scratch = ctx.scratch;
     floatX *cq = scratch.take<floatX>(N * d.r_q), *c = scratch.take<floatX>(N * d.d_c), *kv = scratch.take<floatX>(N * d.kv),
            *keys = scratch.take<floatX>(N * d.q);
-    mla_query_forward(ctx, d, parameters, x, uq, rstd_q, cq, q);
     input_forward(ctx, u, x, parameters["wdkv"], nullptr, d.u);
     MlaLatents latents{};
     latents.u = u;
@@ -723,11 +753,7 @@ inline void mla_forward(const AttentionContext& ctx, const Tensors& parameters, 
     latents.kr = u + d.d_c;
     latents.kr_stride = d.u;
     latents.rstd = saved["rstd"];
-    latents.q = q;
-    latents.q_to = q + d.d_nope;
-    latents.q_stride = d.q;
-    latents.q_head = d.d_qk;
-    mla_latents(ctx.stream, d, latents, N);
+    mla_rotated_query_forward(ctx, d, parameters, x, uq, rstd_q, cq, q, latents, ctx.max_len, scratch);
     mla_keys_forward(ctx.stream, d, parameters["wukv"], c, d.d_c, u + d.d_c, kv, keys, N);
     softmax_forward(ctx.stream, mla_core(ctx, d, q, keys, kv), o, d.o, saved["lse"]);
     output_forward(ctx, o, d.o, parameters["wo"], nullptr, residual, out);
@@ -877,15 +903,12 @@ inline void mla_extend_as(const AttentionContext& ctx, const Tensors& parameters
     const floatX* wukv = parameters["wukv"];
     AttentionContext rest = ctx;
     floatX *q = rest.scratch.take<floatX>(N * d.q), *u = rest.scratch.take<floatX>(N * d.u), *o = rest.scratch.take<floatX>(N * d.o);
-    Scratch scratch = rest.scratch;
-    {
-        Scratch latent = scratch;
-        floatX *uq = latent.take<floatX>(N * d.r_q), *cq = latent.take<floatX>(N * d.r_q);
-        mla_query_forward(ctx, d, parameters, x, uq, nullptr, cq, q);
-    }
-    input_forward(ctx, u, x, parameters["wdkv"], nullptr, d.u);
+    Scratch scratch = rest.scratch, latent = scratch;
+    floatX *uq = latent.take<floatX>(N * d.r_q), *cq = latent.take<floatX>(N * d.r_q);
     // Where the new tokens are expanded by themselves, their rows [c | kr] are wanted here, in the place of u, before they go to the pages.
-    bool absorbed = form == MlaForm::ABSORBED, apart = form == MlaForm::MERGED || (!absorbed && without_past(ctx));
+    bool absorbed = form == MlaForm::ABSORBED, fresh = form == MlaForm::UNABSORBED && without_past(ctx), apart = form == MlaForm::MERGED || fresh;
+    if (!fresh) mla_query_forward(ctx, d, parameters, x, uq, nullptr, cq, q);
+    input_forward(ctx, u, x, parameters["wdkv"], nullptr, d.u);
     floatX* q_absorbed = form == MlaForm::UNABSORBED ? nullptr : scratch.take<floatX>(N * d.NH * d.u);
     MlaLatents latents{};
     latents.u = u;
@@ -899,18 +922,22 @@ inline void mla_extend_as(const AttentionContext& ctx, const Tensors& parameters
         latents.states = ctx.states;
         latents.place = ctx.place;
     }
-    latents.q = q;
-    latents.q_to = absorbed ? q_absorbed + d.d_c : q + d.d_nope;
-    latents.q_stride = absorbed ? d.NH * d.u : d.q;
-    latents.q_head = absorbed ? d.u : d.d_qk;
-    mla_latents(ctx.stream, d, latents, N);
+    if (fresh) {
+        mla_rotated_query_forward(ctx, d, parameters, x, uq, nullptr, cq, q, latents, ctx.max_len, latent);
+    } else {
+        latents.q = q;
+        latents.q_to = absorbed ? q_absorbed + d.d_c : q + d.d_nope;
+        latents.q_stride = absorbed ? d.NH * d.u : d.q;
+        latents.q_head = absorbed ? d.u : d.d_qk;
+        mla_latents(ctx.stream, d, latents, N);
+    }
     if (apart) append_rows(ctx.stream, ctx.states, ctx.place, u, d.u, (int)d.u, N);
 
     if (form == MlaForm::MERGED) {
         mla_merged(ctx, d, wukv, q, u, q_absorbed, o, scratch);
     } else if (absorbed) {
         mla_absorbed(ctx, d, wukv, q, q_absorbed, ctx.cu_kv, ctx.max_kv, nullptr, o, nullptr, scratch);
-    } else if (apart) {
+    } else if (fresh) {
         mla_unabsorbed(ctx, d, wukv, q, u, N, ctx.cu_seqlens, ctx.max_len, o, nullptr, scratch);
     } else {
         floatX* rows = scratch.take<floatX>(ctx.kv_tokens * d.u);

@@ -62,7 +62,7 @@ __global__ void __launch_bounds__(lightning_wgmma::Shape<HS>::THREADS, lightning
     lightning_backward_kernel6(const Lightning g, floatX* du, const __grid_constant__ LightningMaps maps) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
     using namespace lightning_wgmma;
-    using lightning_mma::load_shared, lightning_mma::store_shared, lightning_mma::power;
+    using lightning_mma::power;
     constexpr int PANELS = Shape<HS>::PANELS, TILE = Shape<HS>::TILE, STATE_PANEL = Shape<HS>::STATE_PANEL;
     extern __shared__ __align__(1024) unsigned char lightning_hopper_memory[];
     // u: the raw q, k, v, later SiLU', later the gradients. Q, K, V: SiLU of them.

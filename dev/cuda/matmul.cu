@@ -420,7 +420,43 @@ static void check_hopper(Ladder& ladder, int64_t M, int64_t N, int64_t K, int64_
         return true;
     });
 }
+// Version 7 with columns rotated; what is no head's stays as it is.
+static void check_rotated(Ladder& ladder, int64_t M, int64_t N, int64_t K, RotatedColumns rotated) {
+    std::vector<float> A = random_numbers(M * K, 1), B = random_numbers(N * K, 2, 1 / std::sqrt((double)K)), bias = random_numbers(N, 3), C(M * N);
+    std::vector<int> position;
+    std::vector<float2> rotations;
+    const int positions = 1500, pairs = rotated.size / 2;
+    for (int p = 0; p < positions; p++)
+        for (int i = 0; i < pairs; i++) {
+            double angle = p * std::pow(10000.0, -(double)i / pairs);
+            rotations.push_back({(float)std::cos(angle), (float)std::sin(angle)});
+        }
+    cpu::linear_forward(C.data(), A.data(), B.data(), bias.data(), M, K, N);
+    for (int64_t i = 0; i < M; i++) {
+        position.push_back((int)(i * 7919 % positions));
+        for (int head = 0; head < rotated.columns; head += rotated.head)
+            for (int p = 0; p < pairs; p++) {
+                float2 r = rotations[position[i] * pairs + p];
+                float *c = &C[i * N + head + rotated.offset + 2 * p], x = c[0], y = c[1];
+                c[0] = x * r.x - y * r.y;
+                c[1] = x * r.y + y * r.x;
+            }
+    }
+    DeviceArray<floatX> a(A), b(B), bias_(bias), c(M * N);
+    DeviceArray<int> device_position(position);
+    DeviceArray<float2> device_rotations(rotations);
+    rotated.position = device_position;
+    rotated.rotations = device_rotations;
+    ladder.check(format("M=%ld N=%ld K=%ld, below %d of each %d columns %d rotated from %d on", (long)M, (long)N, (long)K, rotated.columns, rotated.head,
+                        rotated.size, rotated.offset),
+                 {output("C", c, C)},
+                 [&](int version) { return version == HOPPER && linear_rotated_forward(ladder.stream, c, a, b, bias_, M, K, N, rotated); });
+}
 static void check_hopper(Ladder& ladder) {
+    check_rotated(ladder, 1000, 1152, 768, {nullptr, nullptr, 1152, 96, 64, 32});
+    check_rotated(ladder, 300, 768, 64, {nullptr, nullptr, 512, 64, 0, 32});
+    check_rotated(ladder, 129, 1152, 40, {nullptr, nullptr, 576, 192, 168, 8});
+    check_rotated(ladder, 200, 704, 72, {nullptr, nullptr, 704, 88, 64, 24});
     for (auto [M, N, K, pad] : {std::array<int64_t, 4>{1, 8, 1, 0}, {129, 200, 40, 8}, {1000, 776, 264, 0}, {300, 72, 137, 16}, {4500, 3072, 64, 0}})
         check_hopper(ladder, M, N, K, pad);
 }
@@ -547,6 +583,24 @@ static void time_shapes(Ladder& ladder, int library) {
         ladder.time(format("%ldx%ldx%ld", (long)M, (long)K, (long)N), work,
                     [&](int version) { return in_turn(version, library) && run(version, ladder.stream, C, A, B, bias, M, N, K); });
     }
+#ifndef GPU_FLOAT32
+    if (library == HEURISTIC) {  // MLA's queries, with and without their rotation
+        int64_t M = 65536, K = 768, N = 1152;
+        DeviceArray<floatX> A(M * K), B(N * K), C(M * N);
+        fill(A, M * K, 1, 1);
+        fill(B, N * K, 2, 1 / std::sqrt((double)K));
+        std::vector<int> position;
+        for (int64_t i = 0; i < M; i++) position.push_back((int)(i % 1024));
+        DeviceArray<int> device_position(position);
+        DeviceArray<float2> rotations(1024 * 16);
+        CUDA_CHECK(cudaMemset(rotations, 0, rotations.size * sizeof(float2)));
+        RotatedColumns rotated = {rotations, device_position, (int)N, 96, 64, 32};
+        Work work = {2.0 * M * N * K, ((double)M * K + (double)N * K + (double)M * N) * sizeof(floatX)};
+        ladder.time("65536x768x1152", work, [&](int version) { return in_turn(version, library) && run(version, ladder.stream, C, A, B, nullptr, M, N, K); });
+        ladder.time("the same, the last 32 of each 96 columns rotated", work,
+                    [&](int version) { return version == HOPPER && linear_rotated_forward(ladder.stream, C, A, B, nullptr, M, K, N, rotated); });
+    }
+#endif
     // The rest of what a GPT-2 layer does with its products.
     int64_t N = 65536, C = 768, OC = 3072;
     DeviceArray<floatX> x(N * C), w(OC * C), b(OC), fc(N * OC), gelu(N * OC), dx(N * C), residual(N * C);

@@ -19,9 +19,11 @@
 //   3 16 bytes an access, and several on their way before the first is used. Expected: 80 % of the copy bandwidth.
 //   4 (latents, split) what a thread reads first is on its way before the block computes its angles: version 3 has nothing under way then, and three times a
 //     block, between its parts. split reads the rows of dkeys in one sweep, 192 neighbouring bytes a head, not first 128 and later 64 of each. Expected:
-//     latents 75 µs, split 130. More cannot be had: 64 of each 192 bytes of the queries are read and written in place, and memory does
+//     latents 75 µs, split 130. More cannot be had in this place: 64 of each 192 bytes of the queries are read and written in place, and memory does
 //     that at 2.1 TB/s at best: 48 µs of the 74 that the latents' copies take without arithmetic. (Reading these 64 bytes takes 21, writing them to rows of
 //     their own 14: pieces of 128 bytes, or whole rows, are what memory likes to write.)
+//   5 (latents) without the queries, which the product that makes them rotates on Hopper (dev/cuda/matmul.cu); the rotations that it reads are written here. A
+//     thread that has a piece of kr computes its own angles, so that no warp waits for another. Expected: 85 % of the copy bandwidth for what is left, 29 µs.
 #include "../../gpt2/cuda/mla.cuh"
 
 #include "ladder.h"
@@ -92,12 +94,19 @@ bool latents(int version, cudaStream_t stream, const MlaShape& d, const MlaLaten
         if (whole) mla_latents_launch<mla::VECTOR>(stream, d, a, N);
         return whole;
     }
-    if (version == 4) mla_latents(stream, d, a, N);
+    if (version == 4 && !a.q) return false;
+    if (version == 4 || version == 5) mla_latents(stream, d, a, N);
     if (version > 1) return true;
     if (a.states) return false;
     rmsnorm_kernel1<<<(unsigned)ceil_div(N, 256), 256, 0, stream>>>(d, a, N);
     LAUNCH_CHECK();
     rope1(stream, a.kr, a.kr_stride, 0, a.u + d.d_c, d.u, 0, N, 1, d.d_rope, a.position, 1);
+    if (!a.q) {
+        int64_t count = (int64_t)a.positions * d.d_rope / 2;
+        mla_rotations_kernel<<<(unsigned)ceil_div(count, mla::THREADS), mla::THREADS, 0, stream>>>(a.rotations, count, d.d_rope / 2, mla::exponent(d));
+        LAUNCH_CHECK();
+        return true;
+    }
     rope1(stream, a.q_to, a.q_stride, a.q_head, a.q + d.d_nope, d.q, d.d_qk, N, d.NH, d.d_rope, a.position, 1);
     return true;
 }
@@ -106,9 +115,8 @@ bool assemble(int version, cudaStream_t stream, const MlaShape& d, floatX* keys,
     if (version == 1) assemble_kernel1<<<(unsigned)ceil_div(N * d.q, 256), 256, 0, stream>>>(d, keys, kv, kr, kr_stride, N);
     if (version == 2) mla_assemble_launch<mla::PAIR>(stream, d, keys, kv, kr, kr_stride, N);
     if (version == 3) mla_assemble(stream, d, keys, kv, kr, kr_stride, N);
-    if (version == 4) return false;
     LAUNCH_CHECK();
-    return true;
+    return version <= 3;
 }
 
 bool split(int version, cudaStream_t stream, const MlaShape& d, const floatX* dkeys, floatX* dkv, floatX* du, floatX* dq, const int* position, int64_t N) {
@@ -198,6 +206,27 @@ void check(Ladder& latent, Ladder& assembly, Ladder& splitting, const AttentionC
         {output("c", device_c, c), output("rstd", device_rstd, rstd), accumulated("kr", device_u, u, u_after), accumulated("qr", device_q, q, q_after)},
         [&](int version) { return latents(version, latent.stream, d, l, N); });
 
+    // Without the queries, but with the rotations of all positions, which have a NaN behind them.
+    if (d.d_rope > 0) {
+        int positions = tokens.position.empty() ? 1 : *std::max_element(tokens.position.begin(), tokens.position.end()) + 1;
+        DeviceArray<float> rotations(positions * d.d_rope + 2);
+        std::vector<float> expected(rotations.size, -1), unwritten(rotations.size, -1);
+        for (int64_t p = 0; p < positions; p++)
+            for (int i = 0; i < d.d_rope; i += 2) {
+                double angle = p * std::pow(10000.0, -(double)i / d.d_rope);
+                expected[p * d.d_rope + i] = (float)std::cos(angle);
+                expected[p * d.d_rope + i + 1] = (float)std::sin(angle);
+            }
+        MlaLatents e = l;
+        e.q = nullptr;
+        e.rotations = (float2*)rotations.data;
+        e.positions = positions;
+        latent.check(shape_of(d, N) + ", without queries",
+                     {output("c", device_c, c), output("rstd", device_rstd, rstd), accumulated("kr", device_u, u, u_after),
+                      accumulated("rotations", rotations, unwritten, expected, 1e-6)},
+                     [&](int version) { return latents(version, latent.stream, d, e, N); });
+    }
+
     constexpr int page_size = 3;
     int num_seqs = ctx.num_seqs, longest = *std::max_element(lengths.begin(), lengths.end()), pages = (longest + past) / page_size + 1;
     int64_t page = round_up(1 + page_size * d.u, 8);
@@ -277,7 +306,12 @@ void time(Ladder& latent, Ladder& assembly, Ladder& splitting, const AttentionCo
     l.q_head = d.d_qk;
     double x = (double)N * sizeof(floatX), nope = x * d.NH * d.d_nope, rope = x * d.NH * d.d_rope;
     latent.time("latents: " + shape_of(d, N), {0, x * (d.u + d.d_c + d.d_rope) + 2 * rope},
-                [&](int version) { return latents(version, latent.stream, d, l, N); });
+                [&](int version) { return version < 5 && latents(version, latent.stream, d, l, N); });
+    DeviceArray<float2> rotations((int64_t)T * d.d_rope / 2);
+    l.q = nullptr;
+    l.rotations = rotations;
+    l.positions = T;
+    latent.time("the same without queries", {0, x * (d.u + d.d_c + d.d_rope)}, [&](int version) { return latents(version, latent.stream, d, l, N); });
     assembly.time("assemble: " + shape_of(d, N), {0, 2 * nope + rope + x * d.d_rope},
                   [&](int version) { return assemble(version, assembly.stream, d, keys, kv, u + d.d_c, d.u, N); });
     splitting.time("split: " + shape_of(d, N), {0, 2 * nope + rope + x * d.d_rope + 2 * rope},
@@ -285,7 +319,9 @@ void time(Ladder& latent, Ladder& assembly, Ladder& splitting, const AttentionCo
 }
 
 int main(int argc, char** argv) {
-    Ladder latent("mla_latents", {"naive: norm, kr and queries apart", "one kernel, angles once a token", "16-byte accesses", "loads before angles (in use)"},
+    Ladder latent("mla_latents",
+                  {"naive: norm, kr and queries apart", "one kernel, angles once a token", "16-byte accesses", "loads before angles (in use)",
+                   "without the queries, where their product rotates them (in use)"},
                   argc, argv);
     Ladder assembly("mla_assemble", {"naive: a thread a number", "8 tokens a thread", "16-byte accesses (in use)"}, argc, argv);
     Ladder splitting("mla_split",

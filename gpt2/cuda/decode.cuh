@@ -855,14 +855,6 @@ inline void append_rows(cudaStream_t stream, const AttentionState* states, const
     launch_overlapping(stream, overlap, 1, append_rows_kernel, (int)ceil_div(N, PAGE_ROWS), PAGE_THREADS, 0, states, place, x, x_stride, width, N);
 }
 
-// As rope.cuh's, given exp2(i·exponent).
-__device__ inline float2 rope_rotation(int position, double power, int direction) {
-    double turns = position * power * 0.15915494309189535;  // 1/2π
-    float s, c;
-    sincospif((float)(2 * (turns - rint(turns))), &s, &c);
-    return {c, direction * s};
-}
-
 // The same for rows [q | k | v] of causal attention, whose q is turned by its position where it stands, and k on the way into its page: rope() and
 // append_rows() in one launch, since a launch costs as much as the rows of a few tokens. One block a token, 16 bytes a thread at a time; those of a thread's
 // first APPEND_PACKS that come from x are on their way while the angles are computed.

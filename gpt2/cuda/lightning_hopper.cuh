@@ -89,7 +89,6 @@ struct Place {
 // x (64×64 of a state) as bf16.
 template <int N>
 __device__ inline void store_state(uint32_t to, int panel_bytes, const Place& place, const float (&x)[N]) {
-    using lightning_mma::store_shared;
 #pragma unroll
     for (int n = 0; n < N / 4; n++)
 #pragma unroll
@@ -128,7 +127,7 @@ __device__ inline void for_pieces(uint32_t tile, int thread, F f) {
 #pragma unroll
     for (int i = 0; i < HS / 64; i++)
 #pragma unroll
-        for (int r = 0; r < PIECES; r++) x[i][r] = lightning_mma::load_shared(at + i * PANEL + r * ROWS * 128);
+        for (int r = 0; r < PIECES; r++) x[i][r] = load_shared(at + i * PANEL + r * ROWS * 128);
 #pragma unroll
     for (int i = 0; i < HS / 64; i++)
 #pragma unroll
@@ -283,7 +282,7 @@ __global__ void __launch_bounds__(lightning_wgmma::Shape<HS>::SPAN_THREADS, ligh
     lightning_span_kernel8(const Lightning g, const __grid_constant__ LightningMaps maps, bool backwards, const __grid_constant__ LightningTails tails) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
     using namespace lightning_wgmma;
-    using lightning_mma::load_shared, lightning_mma::store_shared, lightning_mma::power;
+    using lightning_mma::power;
     constexpr int PANELS = Shape<HS>::PANELS, GROUPS = Shape<HS>::GROUPS, THREADS = Shape<HS>::THREADS, TILE = Shape<HS>::TILE;
     extern __shared__ __align__(1024) unsigned char lightning_hopper_memory[];
     const int group = __shfl_sync(0xffffffff, threadIdx.x / THREADS, 0), p = __shfl_sync(0xffffffff, threadIdx.x / 128 % PANELS, 0);
@@ -389,7 +388,7 @@ __global__ void __launch_bounds__(lightning_wgmma::Shape<HS>::THREADS, HS == 64 
     lightning_states_kernel6(const Lightning g, const __grid_constant__ LightningMaps maps) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
     using namespace lightning_wgmma;
-    using lightning_mma::load_shared, lightning_mma::store_shared, lightning_mma::power;
+    using lightning_mma::power;
     constexpr int PANELS = Shape<HS>::PANELS, TILE = Shape<HS>::TILE, STATE_PANEL = Shape<HS>::STATE_PANEL;
     extern __shared__ __align__(1024) unsigned char lightning_hopper_memory[];
     uint32_t tiles = shared_address(lightning_hopper_memory), out = tiles + 4 * TILE, full = out + Shape<HS>::STATE;  // two stages of two tiles
@@ -472,7 +471,7 @@ __global__ void __launch_bounds__(lightning_wgmma::Shape<HS>::THREADS, lightning
     lightning_forward_kernel5(const Lightning g, floatX* o_out, const __grid_constant__ LightningMaps maps, bool leave_states) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
     using namespace lightning_wgmma;
-    using lightning_mma::load_shared, lightning_mma::store_shared, lightning_mma::power;
+    using lightning_mma::power;
     constexpr int PANELS = Shape<HS>::PANELS, TILE = Shape<HS>::TILE, STATE_PANEL = Shape<HS>::STATE_PANEL;
     extern __shared__ __align__(1024) unsigned char lightning_hopper_memory[];
     uint32_t tiles = shared_address(lightning_hopper_memory);  // two stages of q, k, v; S
@@ -585,7 +584,7 @@ __global__ void __launch_bounds__(lightning_wgmma::Shape<HS>::THREADS, lightning
     lightning_backward_kernel8(const Lightning g, floatX* du, const __grid_constant__ LightningMaps maps) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
     using namespace lightning_wgmma;
-    using lightning_mma::load_shared, lightning_mma::store_shared, lightning_mma::power;
+    using lightning_mma::power;
     constexpr int PANELS = Shape<HS>::PANELS, TILE = Shape<HS>::TILE, STATE = Shape<HS>::STATE, STATE_PANEL = Shape<HS>::STATE_PANEL;
     constexpr int V_BUFFERS = Shape<HS>::V_BUFFERS, ACTIVE = (6 + V_BUFFERS) * TILE, S_ = ACTIVE + 3 * TILE, D_ = S_ + STATE, TABLES = D_ + STATE;
     extern __shared__ __align__(1024) unsigned char lightning_hopper_memory[];

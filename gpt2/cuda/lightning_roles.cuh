@@ -31,7 +31,7 @@ namespace gpu {
 namespace lightning_roles {
 
 using namespace lightning_wgmma;
-using lightning_mma::lane, lightning_mma::power, lightning_mma::load_shared, lightning_mma::store_shared;
+using lightning_mma::lane, lightning_mma::power;
 
 constexpr int TILE = PANEL;  // 64 rows of 64 numbers: of a chunk, or a state
 

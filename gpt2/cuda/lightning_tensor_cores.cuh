@@ -42,17 +42,6 @@ __device__ inline int lane() { return threadIdx.x % 32; }
 __device__ inline int lane_row() { return threadIdx.x % 32 / 4; }
 __device__ inline int lane_column() { return threadIdx.x % 4 * 2; }
 
-// Addresses are those of shared memory.
-__device__ inline uint4 load_shared(uint32_t address) {
-    uint4 x;
-    asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "r"(address) : "memory");
-    return x;
-}
-__device__ inline void store_shared(uint32_t address, uint4 x) {
-    asm volatile("st.shared.v4.u32 [%0], {%1,%2,%3,%4};" ::"r"(address), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w) : "memory");
-}
-__device__ inline void store_shared(uint32_t address, uint32_t x) { asm volatile("st.shared.u32 [%0], %1;" ::"r"(address), "r"(x) : "memory"); }
-
 // To the L2 cache.
 __device__ inline void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 // λ^d for d >= 0, −slope2 = log2(λ). d comes as a float, because converting integers would cost as much as the exponential.
@@ -215,7 +204,6 @@ template <int HS, int KIND>
 __global__ void __launch_bounds__(lightning_mma::Shape<HS>::THREADS, (lightning_mma::BLOCKS<HS, KIND>))
     lightning_sweep_kernel3(const Lightning g, const LightningSweep w) {
     using namespace lightning_mma;
-    using lightning_mma::load_shared, lightning_mma::store_shared;
     constexpr int GROUPS = Shape<HS>::GROUPS, WARPS = Shape<HS>::WARPS, WIDTH = Shape<HS>::WIDTH, TILE = Shape<HS>::TILE;
     constexpr int STAGE = TILES<KIND> * TILE;
     extern __shared__ __align__(256) unsigned char lightning_memory[];

@@ -592,6 +592,22 @@ inline void linear_forward(cudaStream_t stream, floatX* out, const floatX* x, co
     matmul<floatX>(stream, NO, YES, N, OC, C, 1, x, C, w, C, 0, out, OC, epilogue);
 }
 
+// out (N,OC) = x·Wᵀ + b with some columns rotated (matmul_hopper.cuh). It never goes to cuBLASLt, which cannot rotate; our kernel is as fast. False, and
+// nothing has been done, where there is no such kernel for it; launch = false: only asks.
+inline bool linear_rotated_forward(cudaStream_t stream, floatX* out, const floatX* x, const floatX* w, const floatX* b, int64_t N, int64_t C, int64_t OC,
+                                   const RotatedColumns& rotated, bool launch = true) {
+#ifndef GPU_FLOAT32
+    HopperMatmul m = {N, OC, C, x, C, w, C, out, OC, b, rotated};
+    if ((rotated.head | rotated.offset | rotated.size) % 8 != 0 || (rotated.columns % 64 != 0 && rotated.columns != OC)) return false;
+    if (rotated.head < 64 || rotated.size == 0 || rotated.size > 32 || N < 128 || !hopper_matmul_takes(m)) return false;
+    if (launch) hopper_matmul(stream, m);
+    return true;
+#else
+    (void)stream, (void)out, (void)x, (void)w, (void)b, (void)N, (void)C, (void)OC, (void)rotated, (void)launch;
+    return false;
+#endif
+}
+
 // fc (N,OC) = x·Wᵀ + b, gelu_out (N,OC) = GELU(fc): both are written, the backward pass needs fc.
 inline void linear_gelu_forward(cudaStream_t stream, floatX* gelu_out, floatX* fc, const floatX* x, const floatX* w, const floatX* b, int64_t N, int64_t C,
                                 int64_t OC) {

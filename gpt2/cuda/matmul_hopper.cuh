@@ -2,6 +2,9 @@
 //
 //     C (M,N) = A (M,K)·B (N,K)ᵀ + bias (N)        row-major, sums float32
 //
+// and, if asked to, heads of C rotated by their rows' positions (rope.cuh) on the way: a thread has both numbers of a pair, before they are rounded. The
+// rotations of a tile's rows are fetched into shared memory while it is multiplied.
+//
 // A block stays on its multiprocessor (one each) and computes tiles of 128 x BN of C, one behind another. Of its three warpgroups
 //     one copies       one thread keeps a ring of stages full: 64 of K, 128 x 64 of A and BN x 64 of B a stage, by bulk tensor copies
 //     two multiply     the tiles in turns: while one has the matrix units the other takes its sums, in registers, through the epilogue and to memory
@@ -14,10 +17,20 @@
 #pragma once
 
 #include <algorithm>
+#include <climits>
 
 #include "hopper.cuh"
 
 namespace gpu {
+
+// The columns below `columns` of a matrix stand in heads of `head` numbers. In each head those from `offset` on, `size` of them, are rotated as adjacent pairs:
+// pair i of a row at position p by rotations[p·size/2 + i], cos and sin. Widths are multiples of 8, `columns` of 64 unless it is
+// all; head >= 64, size <= 32.
+struct RotatedColumns {
+    const float2* rotations = nullptr;  // null: nothing is rotated
+    const int* position = nullptr;      // (M)
+    int columns = 0, head = 0, offset = 0, size = 0;
+};
 
 #ifndef GPU_FLOAT32
 
@@ -30,16 +43,18 @@ struct HopperMatmul {
     floatX* C;  // (M,N)
     int64_t ldc;
     const floatX* bias = nullptr;  // (N)
+    RotatedColumns rotated = {};
 };
 
 constexpr int HOPPER_BM = 128, HOPPER_BK = 64, PANEL_BYTES = 64 * 128;
 
 // What stands where in shared memory: the ring; for each of eight warps that multiply OUT_BLOCKS blocks of 16 x 64 numbers of its tile, on their way to
-// memory; a warpgroup's bias; barriers.
-template <int BN, int STAGES, int OUT_BLOCKS>
+// memory; of each warpgroup the rotations of its tile's rows, 16 pairs each, swizzled like panels, and its bias; barriers.
+template <int BN, int STAGES, int OUT_BLOCKS, bool ROTATE>
 struct HopperTile {
     static constexpr int A_BYTES = HOPPER_BM * 128, STAGE_BYTES = A_BYTES + BN * 128, PANELS = BN / 64, BLOCKS = 2 * PANELS, BLOCK_BYTES = 16 * 128;
-    static constexpr int OUT = STAGES * STAGE_BYTES, BIAS = OUT + 8 * OUT_BLOCKS * BLOCK_BYTES, BARRIERS = BIAS + 2 * BN * 4;
+    static constexpr int OUT = STAGES * STAGE_BYTES, ROTATIONS = OUT + 8 * OUT_BLOCKS * BLOCK_BYTES, ROTATIONS_BYTES = ROTATE ? HOPPER_BM * 128 : 0;
+    static constexpr int BIAS = ROTATIONS + 2 * ROTATIONS_BYTES, BARRIERS = BIAS + 2 * BN * 4;
     static constexpr int BYTES = BARRIERS + 2 * STAGES * 8;
     static_assert(BYTES <= 227 << 10);
 };
@@ -59,11 +74,23 @@ struct HopperShape {
     }
 };
 
-template <int BN, int STAGES, int OUT_BLOCKS, int CLUSTER>
-__global__ void __launch_bounds__(384, 1) matmul_kernel7(const __grid_constant__ CUtensorMap a_map, const __grid_constant__ CUtensorMap b_map,
-                                                         const __grid_constant__ CUtensorMap c_map, HopperShape shape, const floatX* bias) {
+__device__ __forceinline__ float2 load_shared2(uint32_t address) {
+    float2 x;
+    asm volatile("ld.shared.v2.f32 {%0,%1}, [%2];" : "=f"(x.x), "=f"(x.y) : "r"(address));
+    return x;
+}
+__device__ __forceinline__ void rotate_pair(float& x, float& y, float2 r) {
+    float a = x, b = y;
+    x = a * r.x - b * r.y;
+    y = a * r.y + b * r.x;
+}
+
+template <int BN, int STAGES, int OUT_BLOCKS, int CLUSTER, bool ROTATE>
+__global__ void __launch_bounds__(384, 1)
+    matmul_kernel7(const __grid_constant__ CUtensorMap a_map, const __grid_constant__ CUtensorMap b_map, const __grid_constant__ CUtensorMap c_map,
+                   HopperShape shape, const floatX* bias, RotatedColumns rotated) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-    using Tile = HopperTile<BN, STAGES, OUT_BLOCKS>;
+    using Tile = HopperTile<BN, STAGES, OUT_BLOCKS, ROTATE>;
     extern __shared__ __align__(1024) char matmul_memory[];
     uint32_t shared = shared_address(matmul_memory);
     uint32_t full = shared + Tile::BARRIERS, empty = full + STAGES * 8;
@@ -124,6 +151,17 @@ __global__ void __launch_bounds__(384, 1) matmul_kernel7(const __grid_constant__
             if (lane == 0) bulk_store_wait();
             named_barrier(3 + group, 128);  // all have done with the last tile's bias
             for (int j = threadIdx.x % 128; j < BN; j += 128) tile_bias[j] = bias && j < columns_left ? to_float(bias[j0 + j]) : 0;
+            [[maybe_unused]] const uint32_t rotations = shared + Tile::ROTATIONS + group * Tile::ROTATIONS_BYTES;
+            if constexpr (ROTATE) {  // they come during the products; eight threads a row, two pairs each
+                const int i = threadIdx.x % 128 / 8, chunk = threadIdx.x % 8, first_row = (row * CLUSTER + rank) * HOPPER_BM + i;
+                const uint32_t to = rotations + i * 128 + (chunk ^ i % 8) * 16;
+#pragma unroll
+                for (int k = 0; k < HOPPER_BM / 16; k++)
+                    if (first_row + 16 * k < shape.M && 4 * chunk < rotated.size) {
+                        const int64_t at = rotated.position[first_row + 16 * k] * (int64_t)(rotated.size / 2) + 2 * chunk;
+                        copy_async16(to + k * 16 * 128, rotated.rotations + at, true);
+                    }
+            }
             named_barrier(3 + group, 128);
             // Whose turn it is: after the other one has seen its last stage.
             if (tile != first) named_barrier(1 + group, 256);
@@ -154,9 +192,19 @@ __global__ void __launch_bounds__(384, 1) matmul_kernel7(const __grid_constant__
             products_done(sum[1]);
 
             // ---- epilogue
+            if constexpr (ROTATE) {
+                copy_async_wait_all();
+                named_barrier(3 + group, 128);
+            }
 #pragma unroll
             for (int block = 0; block < Tile::BLOCKS; block++) {  // two 64 rows apart, then the next panel
                 int slot = block % OUT_BLOCKS * Tile::BLOCK_BYTES;
+                [[maybe_unused]] int place = 0;  // in a head, of the block's first column, counted from the first to be rotated
+                uint32_t to = out + out_lane;
+                if constexpr (ROTATE) {
+                    place = j0 + block / 2 * 64 < rotated.columns ? (j0 + block / 2 * 64) % rotated.head - rotated.offset : INT_MIN / 2;
+                    asm volatile("" : "+r"(place), "+r"(to));  // nothing is kept in registers from one block to the next: the sums need them
+                }
                 if (block >= OUT_BLOCKS && lane == 0) bulk_store_wait<OUT_BLOCKS - 1>();
                 if (block >= OUT_BLOCKS) __syncwarp();  // before that, the wait and the barriers before the products do
 #pragma unroll
@@ -168,9 +216,19 @@ __global__ void __launch_bounds__(384, 1) matmul_kernel7(const __grid_constant__
                     for (int i = 0; i < 8; i += 4) {
                         float2 x = *(const float2*)(tile_bias + block / 2 * 64 + (n + i / 4) * 8 + lane % 4 * 2);
                         y[i] += x.x, y[i + 1] += x.y, y[i + 2] += x.x, y[i + 3] += x.y;
+                        if constexpr (ROTATE) {
+                            int c = place + (n + i / 4) * 8;
+                            if (c + rotated.offset >= rotated.head) c -= rotated.head;
+                            if (c < 0 || c >= rotated.size) continue;
+                            // This thread's pair of two rows, 8 apart.
+                            const uint32_t row_at = rotations + (block % 2 * 64 + warp % 4 * 16 + lane / 4) * 128;
+                            const uint32_t from = row_at + ((c / 4 + lane % 4 / 2) ^ lane / 4) * 16 + lane % 2 * 8;
+                            rotate_pair(y[i], y[i + 1], load_shared2(from));
+                            rotate_pair(y[i + 2], y[i + 3], load_shared2(from + 8 * 128));
+                        }
                     }
                     const uint32_t pairs[4] = {pack_bf16(y[0], y[1]), pack_bf16(y[2], y[3]), pack_bf16(y[4], y[5]), pack_bf16(y[6], y[7])};
-                    store_matrices(((out + out_lane) ^ n * 16) + slot, pairs);
+                    store_matrices((to ^ n * 16) + slot, pairs);
                 }
                 async_fence();
                 __syncwarp();
@@ -187,11 +245,13 @@ __global__ void __launch_bounds__(384, 1) matmul_kernel7(const __grid_constant__
 }
 
 // Four stages of 40 KB; 192 columns, since GPT-2's numbers of channels are multiples of 192 more often than of 256.
-constexpr int HOPPER_BN = 192, HOPPER_STAGES = 4, HOPPER_OUT_BLOCKS = 4;
+constexpr int HOPPER_BN = 192, HOPPER_STAGES = 4;
+template <bool ROTATE>
+constexpr int HOPPER_OUT_BLOCKS = ROTATE ? 2 : 4;
 
-template <int CLUSTER>
+template <int CLUSTER, bool ROTATE = false>
 inline void launch_hopper_matmul(cudaStream_t stream, const HopperMatmul& m) {
-    using Tile = HopperTile<HOPPER_BN, HOPPER_STAGES, HOPPER_OUT_BLOCKS>;
+    using Tile = HopperTile<HOPPER_BN, HOPPER_STAGES, HOPPER_OUT_BLOCKS<ROTATE>, ROTATE>;
     auto matrix = [](const floatX* x, int64_t rows, int64_t columns, int64_t ld, int box_rows) {
         return tensor_map<2>(x, {columns, rows}, {ld}, {64, box_rows});
     };
@@ -200,7 +260,7 @@ inline void launch_hopper_matmul(cudaStream_t stream, const HopperMatmul& m) {
     int rows = (int)ceil_div(m.M, HOPPER_BM * CLUSTER), columns = (int)ceil_div(m.N, HOPPER_BN);
     HopperShape shape = {(int)m.M, (int)m.N, (int)m.K, rows, columns, rows * columns};
 
-    auto* kernel = matmul_kernel7<HOPPER_BN, HOPPER_STAGES, HOPPER_OUT_BLOCKS, CLUSTER>;
+    auto* kernel = matmul_kernel7<HOPPER_BN, HOPPER_STAGES, HOPPER_OUT_BLOCKS<ROTATE>, CLUSTER, ROTATE>;
     static const bool allowed = [&] { return allow_shared_memory(kernel, Tile::BYTES), true; }();
     (void)allowed;
     cudaLaunchAttribute cluster = {};
@@ -213,7 +273,7 @@ inline void launch_hopper_matmul(cudaStream_t stream, const HopperMatmul& m) {
     config.stream = stream;
     config.attrs = &cluster;
     config.numAttrs = 1;
-    CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, a_map, b_map, c_map, shape, m.bias));
+    CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, a_map, b_map, c_map, shape, m.bias, m.rotated));
 }
 
 // Whether hopper_matmul() can do this: rows start on multiples of 16 bytes, and those of C end there (the copy engine does not stop within 16 bytes).
@@ -223,7 +283,9 @@ inline bool hopper_matmul_takes(const HopperMatmul& m) {
     return hopper_code() && fits(m.M) && fits(m.N) && fits(m.K) && m.N % 8 == 0 && rows16(m.A, m.lda) && rows16(m.B, m.ldb) && rows16(m.C, m.ldc) &&
            fits(ceil_div(m.M, HOPPER_BM) * ceil_div(m.N, HOPPER_BN));
 }
-inline void hopper_matmul(cudaStream_t stream, const HopperMatmul& m) { launch_hopper_matmul<2>(stream, m); }
+inline void hopper_matmul(cudaStream_t stream, const HopperMatmul& m) {
+    m.rotated.rotations ? launch_hopper_matmul<2, true>(stream, m) : launch_hopper_matmul<2>(stream, m);
+}
 
 #endif
 

@@ -170,22 +170,6 @@ __device__ __forceinline__ uint32_t kept(uint32_t x) {
     asm volatile("" : "+r"(x));
     return x;
 }
-__device__ __forceinline__ float2 load_shared_pair(uint32_t address) {
-    float2 x;
-    asm volatile("ld.shared.v2.f32 {%0,%1}, [%2];" : "=f"(x.x), "=f"(x.y) : "r"(address) : "memory");
-    return x;
-}
-__device__ __forceinline__ void store_shared(uint32_t address, const float2& x) {
-    asm volatile("st.shared.v2.f32 [%0], {%1,%2};" ::"r"(address), "f"(x.x), "f"(x.y) : "memory");
-}
-__device__ __forceinline__ void store_shared(uint32_t address, const uint4& x) {
-    asm volatile("st.shared.v4.b32 [%0], {%1,%2,%3,%4};" ::"r"(address), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w) : "memory");
-}
-__device__ __forceinline__ uint4 load_shared(uint32_t address) {
-    uint4 x;
-    asm volatile("ld.shared.v4.b32 {%0,%1,%2,%3}, [%4];" : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "r"(address) : "memory");
-    return x;
-}
 template <bool SQUARES = false>
 __device__ __forceinline__ float sum8(const uint4& x, float mean) {  // of 8 numbers, or of their squared distances from the mean
     float2 v[4] = {unpack_bf16(x.x), unpack_bf16(x.y), unpack_bf16(x.z), unpack_bf16(x.w)};

@@ -8,15 +8,19 @@
 // bf16, read and written for each token,
 //
 //     mla_latents    u 576 + c 512 + kr 64 + qr 2·768            = 2688 bytes     65536 tokens at 3.0 TB/s: 59 µs
+//                    without queries                             = 1152           25 µs
 //     mla_assemble   kn 1536 + kr 64 + keys 2304                 = 3904           85 µs
 //     mla_split      dkeys 2304 + dkn 1536 + dkr 64 + dqr 2·768  = 5440           119 µs
+//
+// On Hopper the product that makes the queries rotates them on its way (RotatedColumns, matmul_hopper.cuh); mla_latents then leaves them alone, and writes the
+// rotations that the product reads. Elsewhere it rotates them where they are, 64 of each 192 bytes, which is the slowest part of it.
 //
 // Assembling could be spared by products that write into rows [kn | (kr) | v] directly, head by head or against a Wukv with rows of zeros between: that is 25 %
 // more arithmetic in three products, and what it would win, some 40 µs in each direction, is a few percent of the layer. The layer stays readable instead.
 // Values are read by the core where they stand, in kv, and softmax_backward leaves dv in dkv: neither is ever moved.
 //
 // Kernels are written over V numbers at once: 16 bytes, or one rotated pair (and single numbers elsewhere) for sizes that are not multiples of 16 bytes.
-// Kernels 4 are for 16 bytes alone.
+// Kernels 4 and 5 are for 16 bytes alone.
 // Earlier versions and times: dev/cuda/mla.cu.
 #pragma once
 
@@ -25,6 +29,7 @@
 
 #include "../../attention.h"
 #include "common.cuh"
+#include "layernorm.cuh"
 #include "rope.cuh"
 
 namespace gpu {
@@ -178,6 +183,9 @@ struct MlaLatents {
     const floatX* q;
     floatX* q_to;
     int64_t q_stride, q_head;
+    // Or q is null, since the product that makes the queries rotates them; it asks for the rotations of all positions from 0 on: (positions, d_rope/2).
+    float2* rotations = nullptr;
+    int positions = 0;
 };
 
 // 16 tokens a block: a warp takes one at a time for its norm and kr, then all threads the queries.
@@ -290,9 +298,86 @@ __global__ void __launch_bounds__(mla::THREADS) mla_latents_kernel4(MlaShape d, 
     });
 }
 
+// Without queries, rows as kernel 4 takes them, d_rope <= 64. A warp takes ROWS rows at a time, and a thread with a vector of kr computes its angles itself:
+// there is nothing to wait for but memory. θ comes from the host, since 10000^(−2i/d) is most of an angle's arithmetic and of its registers.
+struct MlaFrequencies {
+    double theta[32];
+    explicit MlaFrequencies(const MlaShape& d) {
+        for (int i = 0; i < d.d_rope / 2; i++) theta[i] = std::exp2(i * mla::exponent(d));
+    }
+};
+template <int VECTORS>
+__global__ void __launch_bounds__(mla::THREADS) mla_latents_kernel5(MlaShape d, MlaLatents a, int64_t N, const __grid_constant__ MlaFrequencies frequencies) {
+    constexpr int W = mla::VECTOR, ROWS = 4 / VECTORS;
+    const int lane = threadIdx.x % 32, per_row = d.d_rope / W, pairs = d.d_rope / 2, pair = per_row > 0 ? lane % per_row * (W / 2) : 0;
+    const int64_t n0 = ((int64_t)blockIdx.x * mla::THREADS + threadIdx.x) / 32 * ROWS, n = per_row > 0 ? n0 + lane / per_row : N;  // the thread's row of kr
+    const bool has_kr = n < N && n < n0 + ROWS;
+    Packed<floatX> u[ROWS][VECTORS], kr;
+#pragma unroll
+    for (int k = 0; k < ROWS; k++)
+#pragma unroll
+        for (int v = 0; v < VECTORS; v++) {
+            int c = (v * 32 + lane) * W;
+            u[k][v] = load_packed_if(n0 + k < N && c < d.d_c, a.u + (n0 + k) * d.u + c);
+        }
+    if (has_kr) {
+        kr = load_packed(a.u + n * d.u + d.d_c + 2 * pair);
+        const int position = a.position[n];
+        float2 rotation[W / 2];
+#pragma unroll
+        for (int i = 0; i < W / 2; i++) rotation[i] = rope_rotation(position, frequencies.theta[pair + i], 1);
+        mla::rotate(kr, rotation);
+        store_packed(a.kr + n * a.kr_stride + 2 * pair, kr);
+    }
+
+    float r[ROWS];
+#pragma unroll
+    for (int k = 0; k < ROWS; k++) {
+        float sum = 0;
+#pragma unroll
+        for (int v = 0; v < VECTORS; v++) {
+#pragma unroll
+            for (int i = 0; i < W; i++) sum += u[k][v][i] * u[k][v][i];  // zeros behind the end
+            forget(u[k][v]);
+        }
+        r[k] = rsqrtf(warp_sum(sum) / d.d_c + 1e-6f);
+    }
+#pragma unroll
+    for (int v = 0; v < VECTORS; v++) {
+        int c = (v * 32 + lane) * W;
+        if (c >= d.d_c) continue;
+        Packed<floatX> gain = load_packed(a.gain + c), out;
+#pragma unroll
+        for (int k = 0; k < ROWS; k++) {
+            if (n0 + k >= N) break;
+#pragma unroll
+            for (int i = 0; i < W; i++) out.set(i, u[k][v][i] * r[k] * gain[i]);
+            store_packed(a.c + (n0 + k) * a.c_stride + c, out);
+        }
+    }
+    if (a.rstd && lane < ROWS && n0 + lane < N) {
+#pragma unroll
+        for (int k = 0; k < ROWS; k++)
+            if (lane == k) a.rstd[n0 + k] = r[k];
+    }
+    const int64_t count = (int64_t)a.positions * pairs, step = (int64_t)gridDim.x * mla::THREADS;
+    for (int64_t j = (int64_t)blockIdx.x * mla::THREADS + threadIdx.x; j < count; j += step)
+        a.rotations[j] = rope_rotation((int)(j / pairs), frequencies.theta[j % pairs], 1);
+}
+
+__global__ void mla_rotations_kernel(float2* rotations, int64_t count, int pairs, double exponent) {
+    int64_t j = (int64_t)blockIdx.x * mla::THREADS + threadIdx.x;
+    if (j < count) rotations[j] = rope_rotation((int)(j / pairs), (int)(j % pairs), exponent, 1);
+}
+
 template <int V>
-inline void mla_latents_launch(cudaStream_t stream, const MlaShape& d, const MlaLatents& a, int64_t N) {
+inline void mla_latents_launch(cudaStream_t stream, MlaShape d, const MlaLatents& a, int64_t N) {
     int tokens = mla::tokens_per_block(d);
+    if (!a.q) d.NH = 0;
+    if (int64_t count = (int64_t)a.positions * (d.d_rope / 2)) {
+        mla_rotations_kernel<<<(unsigned)ceil_div(count, mla::THREADS), mla::THREADS, 0, stream>>>(a.rotations, count, d.d_rope / 2, mla::exponent(d));
+        LAUNCH_CHECK();
+    }
     mla_latents_kernel3<V>
         <<<(unsigned)ceil_div(N, tokens), mla::THREADS, (size_t)tokens * d.d_rope * sizeof(float), stream>>>(d, a, N, tokens, mla::exponent(d));
     LAUNCH_CHECK();
@@ -302,10 +387,15 @@ inline void mla_latents(cudaStream_t stream, const MlaShape& d, const MlaLatents
     if (N == 0) return;
     bool whole = aligned16(a.u) && aligned16(a.gain) && aligned16(a.q) && aligned16(a.q_to) && (a.q_stride | a.q_head) % mla::VECTOR == 0;
     int vectors = (int)ceil_div(d.d_c, 32 * mla::VECTOR), tokens = mla::tokens_per_block(d);
+    bool wide = vectors > 2 || d.d_rope > (a.q ? 32 * mla::VECTOR : 64);
     if (!mla::vectors(d) || !whole) {
         mla_latents_launch<mla::PAIR>(stream, d, a, N);
-    } else if (a.states || vectors > 2 || d.d_rope > 32 * mla::VECTOR || (a.c_stride | a.kr_stride) % mla::VECTOR != 0 || !aligned16(a.c) || !aligned16(a.kr)) {
+    } else if (a.states || wide || (a.c_stride | a.kr_stride) % mla::VECTOR != 0 || !aligned16(a.c) || !aligned16(a.kr)) {
         mla_latents_launch<mla::VECTOR>(stream, d, a, N);
+    } else if (!a.q) {
+        auto kernel = vectors <= 1 ? mla_latents_kernel5<1> : mla_latents_kernel5<2>;
+        kernel<<<(unsigned)ceil_div(N, mla::THREADS / 32 * (vectors <= 1 ? 4 : 2)), mla::THREADS, 0, stream>>>(d, a, N, MlaFrequencies(d));
+        LAUNCH_CHECK();
     } else {
         auto kernel = vectors <= 1 ? mla_latents_kernel4<1> : mla_latents_kernel4<2>;
         kernel<<<(unsigned)ceil_div(N, tokens), mla::THREADS, (size_t)tokens * d.d_rope * sizeof(float), stream>>>(d, a, N, tokens, mla::exponent(d));

@@ -17,12 +17,13 @@ inline double rope_exponent(int d) { return -2 * 13.287712379549449 / d; }
 
 // cos and sin of position·θ_i. The angle is a double until it has been reduced to half turns within ±1: at position 100000 it is good to 1e-10, and cosine and
 // sine are rounded to float32 as the CPU's table is. sincospi takes half turns, so that nothing has to be reduced again.
-__device__ inline float2 rope_rotation(int position, int i, double exponent, int direction) {
-    double turns = position * exp2(i * exponent) * 0.15915494309189535;  // 1/2π
+__device__ inline float2 rope_rotation(int position, double theta, int direction) {
+    double turns = position * theta * 0.15915494309189535;  // 1/2π
     float s, c;
     sincospif((float)(2 * (turns - rint(turns))), &s, &c);
     return {c, direction * s};
 }
+__device__ inline float2 rope_rotation(int position, int i, double exponent, int direction) { return rope_rotation(position, exp2(i * exponent), direction); }
 
 // One block a token, one pair a thread at a time. For vectors that are not whole multiples of 16 bytes.
 constexpr int ROPE2_THREADS = 128;
