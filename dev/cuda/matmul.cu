@@ -586,9 +586,10 @@ static void time_shapes(Ladder& ladder, int library) {
 #ifndef GPU_FLOAT32
     if (library == HEURISTIC) {  // MLA's queries, with and without their rotation
         int64_t M = 65536, K = 768, N = 1152;
-        DeviceArray<floatX> A(M * K), B(N * K), C(M * N);
+        DeviceArray<floatX> A(M * K), B(N * K), bias(N), C(M * N);
         fill(A, M * K, 1, 1);
         fill(B, N * K, 2, 1 / std::sqrt((double)K));
+        fill(bias, N, 3, 1);
         std::vector<int> position;
         for (int64_t i = 0; i < M; i++) position.push_back((int)(i % 1024));
         DeviceArray<int> device_position(position);
@@ -596,9 +597,9 @@ static void time_shapes(Ladder& ladder, int library) {
         CUDA_CHECK(cudaMemset(rotations, 0, rotations.size * sizeof(float2)));
         RotatedColumns rotated = {rotations, device_position, (int)N, 96, 64, 32};
         Work work = {2.0 * M * N * K, ((double)M * K + (double)N * K + (double)M * N) * sizeof(floatX)};
-        ladder.time("65536x768x1152", work, [&](int version) { return in_turn(version, library) && run(version, ladder.stream, C, A, B, nullptr, M, N, K); });
+        ladder.time("65536x768x1152", work, [&](int version) { return in_turn(version, library) && run(version, ladder.stream, C, A, B, bias, M, N, K); });
         ladder.time("the same, the last 32 of each 96 columns rotated", work,
-                    [&](int version) { return version == HOPPER && linear_rotated_forward(ladder.stream, C, A, B, nullptr, M, K, N, rotated); });
+                    [&](int version) { return version == HOPPER && linear_rotated_forward(ladder.stream, C, A, B, bias, M, K, N, rotated); });
     }
 #endif
     // The rest of what a GPT-2 layer does with its products.
