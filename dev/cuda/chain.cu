@@ -11,7 +11,7 @@
 //      all. Of 1558M: 1.15 ms
 #define GPT2_NO_MAIN
 #include "../../train_gpt2.cpp"
-#include "ladder.h"
+#include "steps.h"
 
 #include "../../gpt2/cuda/chain.cuh"
 
@@ -261,34 +261,12 @@ static void check(Ladder& ladder, const Case& c) {
                  });
 }
 
-static double median_us(cudaStream_t stream, int repeats, const std::function<void()>& f) {
-    cudaEvent_t begin, end;
-    CUDA_CHECK(cudaEventCreate(&begin));
-    CUDA_CHECK(cudaEventCreate(&end));
-    std::vector<double> us;
-    for (int i = 0; i < 9; i++) {
-        CUDA_CHECK(cudaEventRecord(begin, stream));
-        for (int k = 0; k < repeats; k++) f();
-        CUDA_CHECK(cudaEventRecord(end, stream));
-        CUDA_CHECK(cudaEventSynchronize(end));
-        float ms;
-        CUDA_CHECK(cudaEventElapsedTime(&ms, begin, end));
-        if (i >= 2) us.push_back(ms * 1e3 / repeats);
-    }
-    CUDA_CHECK(cudaEventDestroy(begin));
-    CUDA_CHECK(cudaEventDestroy(end));
-    std::sort(us.begin(), us.end());
-    return us[us.size() / 2];
-}
-
 // A step as a CUDA graph.
 static void time_step(Ladder& ladder, const char* name, const Case& c) {
     static double copy_bytes_a_us = 0;
     cudaStream_t stream = ladder.stream;
     if (copy_bytes_a_us == 0) {
-        constexpr int64_t bytes = 1 << 30;
-        DeviceArray<char> a(bytes), b(bytes);
-        copy_bytes_a_us = 2.0 * bytes / median_us(stream, 3, [&] { CUDA_CHECK(cudaMemcpyAsync(b, a, bytes, cudaMemcpyDeviceToDevice, stream)); });
+        copy_bytes_a_us = copy_rate(stream);
         printf("\nA step as one CUDA graph; weights and states at the rate of a copy, %.0f GB/s, in the same run.\n\n", copy_bytes_a_us / 1e3);
         printf("| model | version | µs | µs of the bytes | ratio |\n| --- | --- | --- | --- | --- |\n");
     }
@@ -296,18 +274,10 @@ static void time_step(Ladder& ladder, const char* name, const Case& c) {
     for (int version = 1; version <= 2; version++) {
         if (!ladder.wanted(version) || !step.run(version, stream)) continue;
         CUDA_CHECK(cudaStreamSynchronize(stream));
-        cudaGraph_t graph;
-        cudaGraphExec_t executable;
-        CUDA_CHECK(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
-        step.run(version, stream);
-        CUDA_CHECK(cudaStreamEndCapture(stream, &graph));
-        CUDA_CHECK(cudaGraphInstantiate(&executable, graph, 0));
-        double us = median_us(stream, 10, [&] { CUDA_CHECK(cudaGraphLaunch(executable, stream)); }), bytes_us = step.bytes() / copy_bytes_a_us;
+        double us = step_us(stream, [&] { step.run(version, stream); }), bytes_us = step.bytes() / copy_bytes_a_us;
         printf("| %s%s | %d | %.1f | %.1f | %.2f |\n", name, c.behind < 0 ? ", no attention" : format(", %d behind", c.behind).c_str(), version, us, bytes_us,
                us / bytes_us);
         fflush(stdout);
-        CUDA_CHECK(cudaGraphExecDestroy(executable));
-        CUDA_CHECK(cudaGraphDestroy(graph));
     }
 }
 

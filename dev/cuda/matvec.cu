@@ -21,7 +21,7 @@
 // Behind the table of single launches: all linear layers of a token of a whole model, whose weights don't fit into the second-level cache, as one CUDA graph.
 #define GPT2_NO_MAIN
 #include "../../train_gpt2.cpp"
-#include "ladder.h"
+#include "steps.h"
 
 #include "../../gpt2/cuda/layernorm.cuh"
 #include "../../gpt2/cuda/matmul.cuh"
@@ -229,33 +229,11 @@ struct Chain {
     }
 };
 
-static double median_us(cudaStream_t stream, int repeats, const std::function<void()>& f) {
-    cudaEvent_t begin, end;
-    CUDA_CHECK(cudaEventCreate(&begin));
-    CUDA_CHECK(cudaEventCreate(&end));
-    std::vector<double> us;
-    for (int i = 0; i < 7; i++) {
-        CUDA_CHECK(cudaEventRecord(begin, stream));
-        for (int k = 0; k < repeats; k++) f();
-        CUDA_CHECK(cudaEventRecord(end, stream));
-        CUDA_CHECK(cudaEventSynchronize(end));
-        float ms;
-        CUDA_CHECK(cudaEventElapsedTime(&ms, begin, end));
-        if (i >= 2) us.push_back(ms * 1e3 / repeats);
-    }
-    CUDA_CHECK(cudaEventDestroy(begin));
-    CUDA_CHECK(cudaEventDestroy(end));
-    std::sort(us.begin(), us.end());
-    return us[us.size() / 2];
-}
-
 static void time_chain(Ladder& ladder, const char* name, Chain& chain, std::vector<int> rows) {
     cudaStream_t stream = ladder.stream;
     static double copy_bytes_a_us = 0;
     if (copy_bytes_a_us == 0) {
-        constexpr int64_t bytes = 1 << 30;
-        DeviceArray<char> a(bytes), b(bytes);
-        copy_bytes_a_us = 2.0 * bytes / median_us(stream, 3, [&] { CUDA_CHECK(cudaMemcpyAsync(b, a, bytes, cudaMemcpyDeviceToDevice, stream)); });
+        copy_bytes_a_us = copy_rate(stream);
         printf("\nAll linear layers of a token as one CUDA graph; weights at the rate of a copy, %.0f GB/s, in the same run.\n\n", copy_bytes_a_us / 1e3);
         printf("| model | rows | version | µs | µs of the bytes | ratio |\n| --- | --- | --- | --- | --- | --- |\n");
     }
@@ -266,19 +244,11 @@ static void time_chain(Ladder& ladder, const char* name, Chain& chain, std::vect
             if (!ladder.wanted(version) || (version == 2 && N > 2)) continue;
             if (!chain.launch(stream, version)) continue;
             CUDA_CHECK(cudaStreamSynchronize(stream));
-            cudaGraph_t graph;
-            cudaGraphExec_t executable;
-            CUDA_CHECK(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
-            chain.launch(stream, version);
-            CUDA_CHECK(cudaStreamEndCapture(stream, &graph));
-            CUDA_CHECK(cudaGraphInstantiate(&executable, graph, 0));
             CUDA_CHECK(cudaMemset(chain.logits, 0xff, chain.logits.size * sizeof(floatX)));
-            double us = median_us(stream, 10, [&] { CUDA_CHECK(cudaGraphLaunch(executable, stream)); });
+            double us = step_us(stream, [&] { chain.launch(stream, version); });
             double bytes_us = chain.bytes() / copy_bytes_a_us;
             printf("| %s | %d | %d | %.1f | %.1f | %.2f |\n", name, N, version, us, bytes_us, us / bytes_us);
             fflush(stdout);
-            CUDA_CHECK(cudaGraphExecDestroy(executable));
-            CUDA_CHECK(cudaGraphDestroy(graph));
             if (version != 3 && version != OVERLAPPED) continue;
             std::vector<float> logits = chain.logits.to_host();
             logits.resize((int64_t)N * chain.OC);
