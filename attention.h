@@ -34,14 +34,14 @@ namespace cpu {
 // One sequence's decode state in one network layer: a block of constant size (`fixed`, all zeros for an empty sequence), and one row a token in pages of a
 // pool that is one range of memory.
 struct AttentionState {
-    int64_t length = 0;                // rows in it, before those that extend() appends now, which have been allocated
-    real* fixed = nullptr;             // AttentionStateSize::per_sequence numbers
-    real* rows = nullptr;              // this network layer's rows in page 0 of the pool
-    const int* page_table = nullptr;   // row j is in page page_table[j / page_size]; entries behind the last page needed may be anything
-    int64_t page_stride = 0;           // numbers from a page of the pool to the next
-    int page_size = 1;                 // rows of a page
-    int64_t per_token = 0;             // AttentionStateSize::per_token: the length of a row
-    int64_t dropped = 0;               // tokens before these whose rows a sliding window has given back: row j is that of the token at position dropped + j
+    int64_t length = 0;               // rows in it, before those that extend() appends now, which have been allocated
+    real* fixed = nullptr;            // AttentionStateSize::per_sequence numbers
+    real* rows = nullptr;             // this network layer's rows in page 0 of the pool
+    const int* page_table = nullptr;  // row j is in page page_table[j / page_size]; entries behind the last page needed may be anything
+    int64_t page_stride = 0;          // numbers from a page of the pool to the next
+    int page_size = 1;                // rows of a page
+    int64_t per_token = 0;            // AttentionStateSize::per_token: the length of a row
+    int64_t dropped = 0;              // tokens before these whose rows a sliding window has given back: row j is that of the token at position dropped + j
     int64_t past() const { return dropped + length; }
     real* row(int64_t j) const { return rows + page_table[j / page_size] * page_stride + j % page_size * per_token; }
 };
@@ -592,7 +592,7 @@ inline SoftmaxAttention causal_core(const AttentionContext& ctx, const real* qkv
     return core;
 }
 
-// Rotates q and k, which stand side by side, in place; `shift` (a sequence) is added to the positions.
+// Rotates q and k, which stand side by side, in place. In extend a sequence's new tokens stand behind its past.
 inline void causal_rope(const AttentionContext& ctx, real* qkv, int direction) {
     const AttentionConfig& a = *ctx.config;
     std::vector<int> position(ctx.tokens());
@@ -1796,7 +1796,7 @@ inline void lightning_extend(const AttentionContext& ctx, const Tensors& paramet
                 int64_t row = ctx.cu_seqlens[s];
                 if (ctx.cu_seqlens[s + 1] - row == 1)
                     lightning_step(g, h, u + row * 3 * C, ctx.states[s].fixed, o + row * C);
-                else
+                else if (t)  // without tiles: no token at all
                     lightning_sequence_forward(g, s, h, *t, u, o);
             }
     }
@@ -2132,7 +2132,8 @@ inline void mla_absorbed(const AttentionContext& ctx, const MlaShape& d, const r
     real *q_absorbed = scratch.take(N * q_stride), *o_absorbed = scratch.take(N * o_stride);
     std::vector<int> q_at;
     for (int s = 0; s < ctx.num_seqs; s++) q_at.push_back((int)ctx.states[s].length);
-        // For each head (whose matrix stays in cache) and sequence, q̃ = [qn·Wuk_h | qr].
+
+    // For each head (whose matrix stays in cache) and sequence, q̃ = [qn·Wuk_h | qr].
 #pragma omp parallel for collapse(2) schedule(static)
     for (int h = 0; h < d.NH; h++)
         for (int s = 0; s < ctx.num_seqs; s++) {

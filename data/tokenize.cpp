@@ -8,8 +8,6 @@
 // <|endoftext|> more than text: it separates documents, and each of them starts with the end-of-text token, as where training reads a text.
 // Files are read in blocks, by all threads; the result depends neither on their number nor on the blocks.
 
-#include <CLI/CLI.hpp>
-
 #include <algorithm>
 #include <atomic>
 #include <chrono>
@@ -21,6 +19,7 @@
 #include <vector>
 
 #include "../gpt2/bpe_train.h"
+#include "../gpt2/cli.h"
 #include "../gpt2/corpus.h"
 #include "../gpt2/error.h"
 #include "../gpt2/files.h"
@@ -90,7 +89,7 @@ static BlockOptions block_options(bool words, bool documents) {
     BlockOptions b;
     b.words = words;
     b.documents = documents;
-    b.round = std::max(b.round, (size_t)thread_count() * 4 * b.block);
+    b.round = std::max(b.round, (size_t)num_threads() * 4 * b.block);
     return b;
 }
 
@@ -112,6 +111,8 @@ static void refuse_to_overwrite_input(const TokenizeOptions& o) {
             usage_error("'%s' is both read and written: choose another -o", o.out.c_str());
 }
 
+[[noreturn]] static void refuse_no_text(const std::vector<std::string>& files) { data_error("'%s' holds no text: name another file", files[0].c_str()); }
+
 static Tokenizer text_tokenizer(const std::string& name) {
     Tokenizer t = make_tokenizer(name);
     if (!t.text) usage_error("--tokenizer is '%s', which knows no text: choose bytes, or a directory that holds encoder.json and vocab.bpe", name.c_str());
@@ -121,7 +122,7 @@ static Tokenizer text_tokenizer(const std::string& name) {
 static void encode(const TokenizeOptions& o) {
     Tokenizer tokenizer = text_tokenizer(o.tokenizer);
     std::vector<CorpusEncoder> encoders;
-    for (int i = 0; i < thread_count(); i++) encoders.emplace_back(tokenizer);
+    for (int i = 0; i < num_threads(); i++) encoders.emplace_back(tokenizer);
     std::vector<EncodedPart> parts;
     std::atomic<bool> separators = false;
     double bytes = 0, all = total_size(o.files);
@@ -152,7 +153,7 @@ static void encode(const TokenizeOptions& o) {
         }
         bytes += (double)text.bytes_read;
     }
-    if (out.tokens() == 0) data_error("'%s' holds no text: name another file", o.files[0].c_str());
+    if (out.tokens() == 0) refuse_no_text(o.files);
     out.close();
     bar.clear();
     if (separators) fprintf(stderr, "note: %s was found, and encoded as text; with --documents it separates documents\n", document_separator.data());
@@ -198,7 +199,7 @@ static void train(const TokenizeOptions& o) {
         if (access((o.out + name).c_str(), F_OK) == 0) usage_error("'%s' holds a vocabulary: move it away, or choose another -o", o.out.c_str());
     Bar bar;
     double bytes = 0, all = total_size(o.files);
-    std::vector<WordCounts> counts(thread_count());
+    std::vector<WordCounts> counts(num_threads());
     for (const std::string& file : o.files) {
         TextBlocks text(file, block_options(true, true));
         while (true) {
@@ -210,6 +211,7 @@ static void train(const TokenizeOptions& o) {
         }
         bytes += (double)text.bytes_read;
     }
+    if (bytes == 0) refuse_no_text(o.files);
     for (size_t i = 1; i < counts.size(); i++) counts[0].take(counts[i]);
     BpeTrainer trainer(counts[0]);
     size_t merges = (size_t)o.vocab - 257;
@@ -237,7 +239,7 @@ static void train(const TokenizeOptions& o) {
 // False if only help was asked for, which has then been printed.
 static bool parse(int argc, char** argv, TokenizeOptions& o, std::string& command) {
     CLI::App app("Texts to token shards and back, and vocabularies of one's own.", "tokenize");
-    app.require_subcommand(1)->get_formatter()->column_width(28);
+    app.get_formatter()->column_width(28);
     CLI::App* commands[] = {app.add_subcommand("encode", "text to a token shard (llm.c's format)"), app.add_subcommand("decode", "a token shard to text"),
                             app.add_subcommand("train", "a vocabulary of one's own, in GPT-2's two files")};
     for (CLI::App* c : commands) {
@@ -246,7 +248,7 @@ static bool parse(int argc, char** argv, TokenizeOptions& o, std::string& comman
             c->add_option("--vocab", o.vocab, "tokens of the vocabulary, with the 256 bytes and <|endoftext|>")->required()->check(CLI::Range(257, 1 << 24));
         else
             c->add_option("--tokenizer", o.tokenizer, "bytes, or a directory that holds encoder.json and vocab.bpe")->required();
-        c->add_option("FILE", o.files, encode || train ? "texts; -: standard input" : "a token shard")->required()->expected(1, encode || train ? 1 << 20 : 1);
+        c->add_option("FILE", o.files, encode || train ? "texts; -: standard input" : "a token shard")->required()->expected(1, 1 << 20);
         c->add_option("-o,--out", o.out,
                       train    ? "directory for encoder.json and vocab.bpe"
                       : encode ? "the token shard"
@@ -255,18 +257,10 @@ static bool parse(int argc, char** argv, TokenizeOptions& o, std::string& comman
         if (encode) c->add_flag("--documents", o.documents, "<|endoftext|> separates documents; each starts with the end-of-text token");
         c->add_option("--threads", o.threads, "0: one for each core")->check(CLI::Range(0, 4096));
     }
-    try {
-        app.parse(argc, argv);
-    } catch (const CLI::ParseError& e) {
-        if (e.get_exit_code() == 0) {
-            app.exit(e);
-            return false;
-        }
-        std::string line = e.what();
-        std::replace(line.begin(), line.end(), '\n', ' ');
-        usage_error("%s; tokenize --help lists what there is", line.c_str());
-    }
+    if (!parse_arguments(app, argc, argv, "encode, decode or train")) return false;
     command = app.get_subcommands()[0]->get_name();
+    if (command == "decode" && o.files.size() > 1) usage_error("'%s' is one shard too many: decode takes one", o.files[1].c_str());
+    if (o.out.empty()) usage_error("--out is '': give it a value");
     return true;
 }
 

@@ -4,6 +4,7 @@
 // config.json and the tables that `info` prints are all made from that declaration.
 #pragma once
 
+#include <cctype>
 #include <cerrno>
 #include <cmath>
 #include <cstdlib>
@@ -76,6 +77,17 @@ inline const AttentionOption* find_option(const AttentionDescription& d, const s
     return nullptr;
 }
 
+// The number that `text` is; `what` has it, in a message.
+inline double parse_number(const std::string& what, const std::string& text, double min, double max, bool whole) {
+    char* end;
+    errno = 0;
+    double v = strtod(text.c_str(), &end);
+    bool spaced = text.empty() || isspace((unsigned char)text[0]);
+    if (spaced || *end || errno == ERANGE || (whole && v != std::floor(v)) || !(v >= min && v <= max))
+        usage_error("%s is '%s': give %s from %.16g to %.16g", what.c_str(), text.c_str(), whole ? "a whole number" : "a number", min, max);
+    return v;
+}
+
 // The value of `text` for option `o`, checked.
 inline double parse_option(const AttentionDescription& d, const AttentionOption& o, const std::string& text) {
     if (!o.choices.empty()) {
@@ -86,13 +98,7 @@ inline double parse_option(const AttentionDescription& d, const AttentionOption&
         }
         usage_error("%s of %s is '%s': choose one of %s", o.name, d.name, text.c_str(), known.c_str());
     }
-    char* end;
-    errno = 0;
-    double v = strtod(text.c_str(), &end);
-    bool whole = o.fraction || v == std::floor(v);
-    if (text.empty() || *end || errno || !whole || !(v >= o.min && v <= o.max))
-        usage_error("%s of %s is '%s': give %s from %g to %g", o.name, d.name, text.c_str(), o.fraction ? "a number" : "a whole number", o.min, o.max);
-    return v;
+    return parse_number(format("%s of %s", o.name, d.name), text, o.min, o.max, !o.fraction);
 }
 
 struct ModelConfig {

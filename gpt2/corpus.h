@@ -16,12 +16,10 @@
 #include <string>
 #include <string_view>
 #include <vector>
-#ifdef _OPENMP
-#include <omp.h>
-#endif
 
 #include "error.h"
 #include "files.h"
+#include "threads.h"
 #include "tokenizer.h"
 
 // True if the text may be cut before byte i. Nor is it cut behind a separator: a line feed there belongs to it.
@@ -154,19 +152,4 @@ void in_parallel(size_t n, Work work) {
         }
     }
     if (failed) std::rethrow_exception(error);
-}
-
-inline int thread_number() {
-#ifdef _OPENMP
-    return omp_get_thread_num();
-#else
-    return 0;
-#endif
-}
-inline int thread_count() {
-#ifdef _OPENMP
-    return omp_get_max_threads();
-#else
-    return 1;
-#endif
 }

@@ -112,12 +112,15 @@ inline void sync_directory_of(const std::string& path) {
 }
 
 // A file that replaces `path` whole or not at all: written as path.tmp, and renamed by commit() once all of it is on the disk. Without commit(), because
-// a write failed, say, the temporary file goes and what stood at `path` stays.
+// a write failed, say, the temporary file goes and what stood at `path` stays. A directory, a pipe or a device is never replaced.
 struct AtomicFile {
     std::string path, temporary;
     int fd;
 
     explicit AtomicFile(const std::string& path) : path(path), temporary(path + ".tmp") {
+        struct stat st;
+        if (path.empty()) data_error("the file to write has the name '': give it one");
+        if (stat(path.c_str(), &st) == 0 && !S_ISREG(st.st_mode)) data_error("'%s' is not a regular file: name another to write", path.c_str());
         fd = ::open(temporary.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0666);
         if (fd < 0) file_error("create", temporary, errno);
     }

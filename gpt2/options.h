@@ -3,9 +3,7 @@
 // come from the layers' own descriptions (config.h), so that a new layer brings its options along.
 #pragma once
 
-#include <CLI/CLI.hpp>
 #include <algorithm>
-#include <cerrno>
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
@@ -16,6 +14,7 @@
 #include <variant>
 #include <vector>
 
+#include "cli.h"
 #include "config.h"
 #include "error.h"
 #include "schedule.h"
@@ -124,8 +123,9 @@ inline const std::vector<OptionSpec>& option_specs() {
          "position encoding",
          "learned if every layer is causal, else rope",
          {"learned", "rope", "none"}},
-        {"tokenizer", TRAIN | INFO, MODEL, &O::tokenizer, 0, 0, 
-         "bytes, a directory with encoder.json and vocab.bpe, or the token ids of shards (ids; of a vocabulary of V: ids:V)", "bytes for a text, ids for shards"},
+        {"tokenizer", TRAIN | INFO, MODEL, &O::tokenizer, 0, 0,
+         "bytes, a directory with encoder.json and vocab.bpe, or the token ids of shards (ids; of a vocabulary of V: ids:V)",
+         "bytes for a text, ids for shards"},
 
         {"data", TRAIN | EVAL, FREE, &O::data, 0, 0, "a text file, a token shard, or a quoted glob of shards"},
         {"val-data", TRAIN, FREE, &O::val_data, 0, 0, "the same, for validation", "the last tenth of --data"},
@@ -231,20 +231,10 @@ inline const std::vector<OptionSpec>& option_specs() {
 // ----------------------------------------------------------------------------
 // Values as text and as JSON
 
-inline double parse_number(const OptionSpec& s, const std::string& text, bool whole) {
-    char* end;
-    errno = 0;
-    double v = strtod(text.c_str(), &end);
-    bool spaced = text.empty() || isspace((unsigned char)text[0]);
-    if (spaced || *end || errno == ERANGE || (whole && v != std::floor(v)) || !(v >= s.min && v <= s.max))
-        usage_error("--%s is '%s': give %s from %.16g to %.16g", s.name, text.c_str(), whole ? "a whole number" : "a number", s.min, s.max);
-    return v;
-}
-
 inline void set_option(Options& o, const OptionSpec& s, const std::string& text) {
     if (auto f = std::get_if<bool Options::*>(&s.field)) o.** f = text == "true";
-    if (auto f = std::get_if<int64_t Options::*>(&s.field)) o.** f = (int64_t)parse_number(s, text, true);
-    if (auto f = std::get_if<double Options::*>(&s.field)) o.** f = parse_number(s, text, false);
+    if (auto f = std::get_if<int64_t Options::*>(&s.field)) o.** f = (int64_t)parse_number("--" + std::string(s.name), text, s.min, s.max, true);
+    if (auto f = std::get_if<double Options::*>(&s.field)) o.** f = parse_number("--" + std::string(s.name), text, s.min, s.max, false);
     if (auto f = std::get_if<std::string Options::*>(&s.field)) {
         std::string known;
         bool found = s.choices.empty();
@@ -304,8 +294,8 @@ inline void resolve_options(Options& o) {
         usage_error("--seq %lld is longer than the model's %lld positions: raise --max-seq or lower --seq", (long long)o.seq, (long long)o.max_seq);
     if (one > MANY) usage_error("--batch %lld times --seq %lld is over 2^31 tokens: lower one of them", (long long)o.batch, (long long)o.seq);
     if (o.total_batch % one)
-        usage_error("--total-batch %lld is not a multiple of --batch %lld times --seq %lld = %lld tokens", (long long)o.total_batch, (long long)o.batch,
-                    (long long)o.seq, (long long)one);
+        usage_error("--total-batch %lld is not a multiple of --batch %lld times --seq %lld = %lld tokens: give %lld", (long long)o.total_batch,
+                    (long long)o.batch, (long long)o.seq, (long long)one, (long long)((o.total_batch + one - 1) / one * one));
     if (o.min_lr > o.lr) usage_error("--min-lr %g is above --lr %g: lower it", o.min_lr, o.lr);
 }
 
@@ -389,7 +379,6 @@ inline void declare_options(CLI::App& app, Command command, std::map<std::string
         }
         option->multi_option_policy(CLI::MultiOptionPolicy::TakeLast)->group(s.role == Role::MODEL ? "Model" : "Options");
     }
-    app.allow_extras();  // so that we can name what is not known
     app.get_formatter()->column_width(24);
     if (!(command & LAYER_OPTIONS)) return;
     for (const auto& [name, f] : attention_flags()) {
@@ -405,44 +394,23 @@ inline void apply_given(Options& o) {
     for (const auto& [name, text] : o.given)
         if (layer_options.count(name)) o.attention_options[name] = text;
     for (const OptionSpec& s : option_specs())
-        if ((s.commands & command_bit(o)) && o.is_given(s.name)) set_option(o, s, o.given.at(s.name));
-}
-
-// What CLI11 could not place. Its own message would list everything in reverse.
-inline void refuse_extras(const CLI::App& app, const std::string& command) {
-    std::vector<std::string> extras = app.remaining();
-    if (extras.empty()) return;
-    bool option = extras[0][0] == '-';
-    std::string known = command.empty() && !option
-                            ? "choose train, eval, generate, info or convert"
-                            : std::string(executable_name()) + " " + command + (command.empty() ? "" : " ") + "--help lists what there is";
-    usage_error("unknown %s '%s': %s", option ? "option" : command.empty() ? "command" : "argument", extras[0].c_str(), known.c_str());
+        if ((s.commands & command_bit(o)) && o.is_given(s.name)) {
+            auto text = std::get_if<std::string Options::*>(&s.field);
+            if (text && *text != &Options::prompt && *text != &Options::stop && o.given.at(s.name).empty())  // --out "$DIR" of a DIR that is not set
+                usage_error("--%s is '': give it a value, or leave it out", s.name);
+            set_option(o, s, o.given.at(s.name));
+        }
 }
 
 // False if only help was asked for, which has then been printed.
 inline bool parse_command_line(int argc, char** argv, Options& o) {
     CLI::App app("Trains GPTs whose attention layers can be exchanged.", executable_name());
-    app.require_subcommand(0, 1)->allow_extras();
     std::map<std::string, std::map<std::string, std::string>> texts;
     std::map<std::string, std::map<std::string, bool>> flags;
     for (const auto& c : commands) declare_options(*app.add_subcommand(c.name, c.help), c.bit, texts[c.name], flags[c.name]);
-    try {
-        app.parse(argc, argv);
-    } catch (const CLI::ParseError& e) {
-        if (e.get_exit_code() == 0) {
-            app.exit(e);
-            return false;
-        }
-        std::string line = e.what();
-        std::replace(line.begin(), line.end(), '\n', ' ');
-        usage_error("%s; --help lists what there is", line.c_str());
-    }
-    refuse_extras(app, "");
-    if (app.get_subcommands().empty())
-        usage_error("no command: give train, eval, generate, info or convert; %s COMMAND --help lists its options", executable_name());
+    if (!parse_arguments(app, argc, argv, "train, eval, generate, info or convert")) return false;
     const CLI::App& chosen = *app.get_subcommands()[0];
     o.command = chosen.get_name();
-    refuse_extras(chosen, o.command);
     for (const auto& [name, text] : texts[o.command])
         if (chosen.count("--" + name)) o.given[name] = text;
     for (const auto& [name, flag] : flags[o.command])

@@ -11,6 +11,7 @@
 // All figures are medians of STEPS steps after one to warm up; the spread is the range. GFLOP/s counts the whole step: 3 forward passes' model_flops.
 #define GPT2_NO_MAIN
 #include "../../train_gpt2.cpp"
+#include "../random_batch.h"
 
 #include <sys/resource.h>
 
@@ -42,13 +43,7 @@ static void bench(const std::string& pattern, int B, int T, int steps) {
     o.max_tokens = (int64_t)B * T;
     std::unique_ptr<Trainer> model = make_trainer(c, o);
     model->initialise(1);
-    Batch batch;
-    for (int i = 0; i < B * T; i++) {
-        Philox r = philox(1, i, 0, 0, 0);
-        batch.tokens.push_back(r.word[0] % c.vocab_size);
-        batch.targets.push_back(r.word[1] % c.vocab_size);
-    }
-    for (int b = 0; b <= B; b++) batch.cu_seqlens.push_back(b * T);
+    Batch batch = random_batch(B, T, c.vocab_size);
     Pass pass;
     pass.training = true;
     std::vector<cpu::MatmulCall> calls;
@@ -151,12 +146,12 @@ static void bench_decode(const std::string& pattern) {
 
 int main(int argc, char** argv) {
     if (argc == 2 && std::string(argv[1]) == "decode") {
-        printf("GPT-2 124M, float32, %d threads, one text; ms medians of 32 [min max]; weights: all read once\n", cpu::num_threads());
+        printf("GPT-2 124M, float32, %d threads, one text; ms medians of 32 [min max]; weights: all read once\n", num_threads());
         printf("%-28s %6s  %8s  %7s %15s  %7s %6s   %5s   %s\n", "attention", "behind", "prefill/s", "ms", "a token", "weights", "GB/s", "ratio", "state MB");
         for (const AttentionDescription& d : attention_descriptions()) bench_decode(d.name);
         return 0;
     }
-    printf("GPT-2 124M, float32, %d threads; ms medians [min max]; memory in MiB: parameters, gradients + moments, activations\n", cpu::num_threads());
+    printf("GPT-2 124M, float32, %d threads; ms medians [min max]; memory in MiB: parameters, gradients + moments, activations\n", num_threads());
     printf("%-28s %3s %6s  %8s %15s  %7s  %7s  %8s %15s %7s   %5s   %s\n", "attention", "B", "T", "step", "", "tok/s", "GFLOP/s", "matmuls", "", "GFLOP/s",
            "ratio", "param  grad   act");
     try {

@@ -27,6 +27,7 @@
 
 #include "../../attention.h"
 #include "../../gpt2/trainer.h"
+#include "../random_batch.h"
 
 static double seconds() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
 
@@ -66,13 +67,7 @@ static void bench(const std::string& preset_name, const std::string& pattern, co
             if (o.recompute == 2) throw;
         }
     model->initialise(1);
-    Batch batch;
-    for (int i = 0; i < B * T; i++) {
-        Philox r = philox(1, i, 0, 0, 0);
-        batch.tokens.push_back(r.word[0] % c.vocab_size);
-        batch.targets.push_back(r.word[1] % c.vocab_size);
-    }
-    for (int b = 0; b <= B; b++) batch.cu_seqlens.push_back(b * T);
+    Batch batch = random_batch(B, T, c.vocab_size);
     Pass pass;
     pass.training = true;
 

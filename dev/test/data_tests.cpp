@@ -8,6 +8,7 @@
 #include <cstring>
 
 #include "attention.h"
+#include "dev/test/idle_trainer.h"
 #include "dev/test/testing.h"
 #include "gpt2/choices.h"
 #include "gpt2/dataloader.h"
@@ -187,8 +188,7 @@ static uint64_t after(uint64_t state, int token) {
 }
 static double loss_of(uint64_t state, int target) { return (double)(after(state, target) >> 40) * 0x1p-24 * 9; }
 
-struct HashTrainer : Trainer {
-    Tensors none;
+struct HashTrainer : IdleTrainer {
     uint64_t lane = 0;
     int64_t largest = 0, passes = 0;
     explicit HashTrainer(int max_seq = 64, int vocab_size = 257) {
@@ -216,24 +216,6 @@ struct HashTrainer : Trainer {
         }
         return sum / (double)scored;
     }
-    void extend(const Batch&, const std::vector<int>&, float*) override {}
-    void initialise(uint64_t) override {}
-    void backward() override {}
-    double update(const AdamW&) override { return 0; }
-    int new_sequence() override { return 0; }
-    int fork_sequence(int) override { return 0; }
-    void free_sequence(int) override {}
-    size_t state_bytes() override { return 0; }
-    int64_t pages_left() override { return 0; }
-    int64_t pages_wanted(int, int64_t) override { return 0; }
-    const Tensors& parameters() override { return none; }
-    void get(Section, int, float*) override {}
-    void set(Section, int, const float*) override {}
-    std::vector<float> get_memory() override { return {}; }
-    void set_memory(const std::vector<float>&) override {}
-    size_t parameter_bytes() override { return 0; }
-    size_t gradient_bytes() override { return 0; }
-    size_t activation_bytes() override { return 0; }
 };
 
 // ----------------------------------------------------------------------------

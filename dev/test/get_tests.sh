@@ -6,22 +6,14 @@ root=$(cd "$(dirname "$0")/../.." && pwd)
 get=$root/data/get.sh shared=$root/../shared/data
 TOKENIZE=$(realpath "${TOKENIZE:-$root/tokenize}")
 export TOKENIZE no_proxy=127.0.0.1
-work=$(mktemp -d)
+. "$(dirname "$0")/testing.sh"
 server='' started=()
 trap '[ -z "$server" ] || kill "$server"; rm -rf "$work"' EXIT
-cd "$work" || exit 1
-passed=0 failed=0 skipped=0
-expect() {
-    local name=$1; shift
-    if "$@"; then passed=$((passed + 1)); else failed=$((failed + 1)); echo "FAIL $name: $*"; fi
-}
-skip() { skipped=$((skipped + 1)); echo "skipped: $1"; }
-finish() { echo "$passed passed, $failed failed, $skipped skipped"; [ $failed -eq 0 ]; exit; }
 # ended NAME STATUS PATTERN RUN: the run of that name ended with this status, and its standard error is one line that matches
 ended() {
     local status; status=$(cat "$4.status")
-    if [ "$status" -eq "$2" ] && [ "$(wc -l <"$4.err")" -eq 1 ] && grep -Eq -- "$3" "$4.err"; then passed=$((passed + 1))
-    else failed=$((failed + 1)); echo "FAIL $1: status $status, expected $2; pattern '$3'; standard error: $(cat "$4.err")"; fi
+    if [ "$status" -eq "$2" ] && [ "$(wc -l <"$4.err")" -eq 1 ] && grep -Eq -- "$3" "$4.err"; then ok
+    else bad "$1" "status $status, expected $2; pattern '$3'; standard error: $(cat "$4.err")"; fi
 }
 # get RUN ARGUMENTS...
 get() {

@@ -3,35 +3,13 @@
 # Needs ./train_gpt2cu, ./train_gpt2 and a GPU.
 set -u
 gpu=$(realpath ./train_gpt2cu) cpu=$(realpath ./train_gpt2)
-work=$(mktemp -d)
-trap 'rm -rf "$work"' EXIT
-cd "$work" || exit 1
-passed=0 failed=0
-ok() { passed=$((passed + 1)); }
-bad() { failed=$((failed + 1)); echo "FAIL $1"; shift; for line in "$@"; do echo "     $line"; done; }
-expect() {
-    local name=$1; shift
-    if "$@"; then ok; else bad "$name" "$*"; fi
-}
-good() {
-    local name=$1; shift
-    if "$@" >out.txt 2>err.txt </dev/null; then ok; else bad "$name" "status $?: $(tail -3 err.txt)" "$*"; fi
-}
-error() { # NAME STATUS PATTERN COMMAND...
-    local name=$1 status=$2 pattern=$3 got; shift 3
-    "$@" >out.txt 2>err.txt </dev/null; got=$?
-    if [ $got -eq "$status" ] && [ "$(wc -l <err.txt)" -eq 1 ] && grep -Eq -- "^error: .*$pattern" err.txt; then ok
-    else bad "$name" "status $got, expected $status; pattern '$pattern'; standard error: $(cat err.txt)" "$*"; fi
-}
-losses() { sed -E 's/, "ms".*//' "$1"; }
-same_losses() { [ -s "$1/log.jsonl" ] && [ "$(losses "$1/log.jsonl")" = "$(losses "$2/log.jsonl")" ]; }
+. "$(dirname "$0")/testing.sh"
 # The losses of two runs stay together: close DIRECTORY DIRECTORY TOLERANCE
 close() {
     paste <(sed -E 's/.*"loss": ([^,]*),.*/\1/' "$1/log.jsonl") <(sed -E 's/.*"loss": ([^,]*),.*/\1/' "$2/log.jsonl") |
         awk -v t="$3" '{ d = $1 - $2; if (d < 0) d = -d; n++; if (!(d <= t * $2)) bad = 1 } END { exit !(n > 0 && !bad) }'
 }
-awk 'BEGIN { srand(7); split("the a red key box cat dog is in on under has lost found", w, " ");
-    for (d = 0; d < 120; d++) { if (d) printf "<|endoftext|>\n"; for (i = 0; i < 80; i++) printf "%s%s", w[1 + int(rand() * 13)], (i % 8 == 7) ? ".\n" : " " } }' >text.txt
+documents 120 80 >text.txt
 small=(--data text.txt --layers 2 --heads 2 --channels 64 --max-seq 64 --batch 4 --val-batches 2 --sample-every 0 --lr 2e-3 --warmup 0 --schedule constant)
 
 for attention in causal infini:segment=16 lightning mla; do
@@ -85,5 +63,4 @@ error "what does not fit" 3 "GB too much.*(recompute|batch)" "$gpu" train "${sma
 error "an unknown type" 2 "fp8.*bf16, float32" "$gpu" train "${small[@]}" --dtype fp8
 CUDA_VISIBLE_DEVICES= error "no GPU" 3 "train_gpt2" "$gpu" train "${small[@]}" --steps 1
 
-echo "$passed passed, $failed failed"
-[ $failed -eq 0 ]
+finish

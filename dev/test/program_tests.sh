@@ -3,38 +3,14 @@
 # the truth, text that is text. Usage: dev/test/program_tests.sh [PROGRAM]   (default $TRAIN_GPT2, or ./train_gpt2)
 set -u
 program=$(realpath "${1:-${TRAIN_GPT2:-./train_gpt2}}")
-work=$(mktemp -d)
+. "$(dirname "$0")/testing.sh"
+under_test=("$program")
 mounted=
 trap '[ -n "$mounted" ] && umount "$mounted"; rm -rf "$work"' EXIT
-cd "$work" || exit 1
-passed=0 failed=0
-
-ok() { passed=$((passed + 1)); }
-bad() { failed=$((failed + 1)); echo "FAIL $1"; shift; for line in "$@"; do echo "     $line"; done; }
-# expect NAME COMMAND...: the command succeeds
-expect() {
-    local name=$1; shift
-    if "$@"; then ok; else bad "$name" "$*"; fi
-}
-# error NAME STATUS PATTERN ARGUMENTS...: the program ends with that status and one line on standard error which matches the pattern
-error() {
-    local name=$1 status=$2 pattern=$3 got; shift 3
-    "$program" "$@" >out.txt 2>err.txt </dev/null; got=$?
-    if [ $got -eq "$status" ] && [ "$(grep -vc '^[^ ]*: step [0-9]*, [0-9]* parameters$' err.txt)" -eq 1 ] && grep -Eq -- "^error: .*$pattern" err.txt; then ok
-    else bad "$name" "status $got, expected $status; pattern '$pattern'; standard error: $(cat err.txt)" "$*"; fi
-}
-# good NAME ARGUMENTS...: the program ends with 0
-good() {
-    local name=$1; shift
-    if "$program" "$@" >out.txt 2>err.txt </dev/null; then ok; else bad "$name" "status $?: $(cat err.txt)" "$*"; fi
-}
-losses() { sed -E 's/, "ms".*//' "$1"; }
-same_losses() { [ -s "$1/log.jsonl" ] && [ "$(losses "$1/log.jsonl")" = "$(losses "$2/log.jsonl")" ]; }
 listing() { find "$1" -type f -exec cksum {} + | sort; }
 
 # A text of about 40 KB in short documents, and shards.
-awk 'BEGIN { srand(7); split("the a red key box cat dog is in on under has lost found", w, " ");
-    for (d = 0; d < 120; d++) { if (d) printf "<|endoftext|>\n"; for (i = 0; i < 80; i++) printf "%s%s", w[1 + int(rand() * 13)], (i % 8 == 7) ? ".\n" : " " } }' >text.txt
+documents 120 80 >text.txt
 head -c 9000 text.txt >val.txt
 int32() { local v; for v in "$@"; do printf '%b' "$(printf '\\x%02x' $((v & 255)) $((v >> 8 & 255)) $((v >> 16 & 255)) $((v >> 24 & 255)))"; done; }
 shard() { # FILE TOKENS CLAIMED LARGEST
@@ -65,7 +41,7 @@ error "list longer than the depth" 2 "3 layers" "${run[@]}" --attention causal,c
 error "kv-heads that do not divide the heads" 2 "kv-heads" "${run[@]}" --kv-heads 3
 error "heads that do not divide the channels" 2 "3 heads.*16 channels" "${run[@]}" --heads 3
 error "seq beyond the positions" 2 "--seq 33.*--max-seq" "${run[@]}" --seq 33
-error "total-batch no multiple" 2 "--total-batch 100.*128" "${run[@]}" --total-batch 100
+error "total-batch no multiple" 2 "--total-batch 100.*128 tokens: give 128$" "${run[@]}" --total-batch 100
 error "min-lr above lr" 2 "--min-lr" "${run[@]}" --lr 0.1 --min-lr 0.2
 error "carry-memory without a memory" 2 "--carry-memory.*'causal'" "${run[@]}" --carry-memory
 error "resume and overwrite" 2 "exclude each other" "${run[@]}" --out r --resume --overwrite
@@ -82,6 +58,9 @@ error "beta1 1" 2 "--beta1 is '1'" train --beta1 1
 error "top-p 0" 2 "--top-p is '0'" generate --top-p 0
 error "negative temperature" 2 "--temperature is '-1'" generate --temperature -1
 error "window that is no number" 2 "window of causal is 'x'" "${run[@]}" --window x
+error "window that is too large" 2 "window of causal is '2e9': give a whole number from 0 to 1073741824" "${run[@]}" --window 2e9
+for option in out val-data init-from tokenizer; do error "empty --$option" 2 "--$option is '': give it a value, or leave it out" "${run[@]}" --$option ""; done
+error "empty --prompts" 2 "--prompts is ''" generate --prompts ""
 
 # --- what is wrong with files: 3 ------------------------------------------------------------------------------------------------------------------------
 error "data that is not there" 3 "'gone.txt'" train --data gone.txt
@@ -164,7 +143,7 @@ if "$program" train --help | grep -q "^ *--segment"; then
     cp val.txt tiny_lanes.txt
     resumed "resume behind the end of the lanes" --data tiny_lanes.txt --val-data val.txt --attention infini --segment 8 --carry-memory --batch 64
 else
-    echo "SKIPPED carried memory: this program has no attention with a memory"
+    skip "carried memory: this program has no attention with a memory"
 fi
 # Validation and samples leave training alone: its memories, its dropout, its batches.
 memory=(--dropout 0.1)
@@ -212,7 +191,7 @@ if mount -t tmpfs -o size=400k none full 2>/dev/null; then
     good "the newest checkpoint is whole" eval --checkpoint "$newest" --data val.txt
     umount full; mounted=
 else
-    echo "SKIPPED disk full on a file system of its own: it cannot be mounted here"
+    skip "disk full on a file system of its own: it cannot be mounted here"
 fi
 (ulimit -f 20; exec "$program" "${run[@]}" --steps 2 --out limited) >out.txt 2>err.txt
 expect "file size limit: status 3" [ $? -eq 3 ]
@@ -442,5 +421,4 @@ expect "the published size" eval '"$program" info --preset gpt2-124M | grep -q "
 good "info of the largest" info --preset gpt2-1558M
 for option in layers heads channels max-seq kv-heads window positions attention; do expect "info --help names --$option" eval "options info | grep -qx -- --$option"; done
 
-echo "$passed passed, $failed failed"
-[ $failed -eq 0 ]
+finish

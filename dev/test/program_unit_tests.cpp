@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "attention.h"
+#include "dev/test/idle_trainer.h"
 #include "dev/test/testing.h"
 #include "gpt2/evaluate.h"
 #include "gpt2/generate.h"
@@ -364,8 +365,7 @@ TEST_CASE("questions") {
 
 // A trainer that knows the whole text by heart: the next token's id is the present one's plus one. Everything else about it is as simple as can be, but the
 // pages of its states are real: each token has a row, and what the trainer knows of the past it reads there.
-struct CountingTrainer : Trainer {
-    Tensors none;
+struct CountingTrainer : IdleTrainer {
     std::vector<std::vector<int>> seen;  // the tokens of each extend()
     int64_t largest = 0;
     StatePool<float> pool;
@@ -417,9 +417,6 @@ struct CountingTrainer : Trainer {
             if (window > 0) pool.slide(sequences[s], window);
         }
     }
-    void initialise(uint64_t) override {}
-    void backward() override {}
-    double update(const AdamW&) override { return 0; }
     int new_sequence() override {
         int s = pool.create();
         CHECK(states.emplace(s, std::vector<int>()).second);
@@ -439,14 +436,6 @@ struct CountingTrainer : Trainer {
     size_t state_bytes() override { return 100 * states.size(); }
     int64_t pages_left() override { return pool.pages_left(); }
     int64_t pages_wanted(int s, int64_t tokens) override { return pool.pages_wanted(s, tokens); }
-    const Tensors& parameters() override { return none; }
-    void get(Section, int, float*) override {}
-    void set(Section, int, const float*) override {}
-    std::vector<float> get_memory() override { return {}; }
-    void set_memory(const std::vector<float>&) override {}
-    size_t parameter_bytes() override { return 0; }
-    size_t gradient_bytes() override { return 0; }
-    size_t activation_bytes() override { return 0; }
 };
 
 TEST_CASE("loss: every token but the first is scored once, whatever the windows") {

@@ -99,18 +99,22 @@ inline void rmsnorm_backward(real* du, int64_t du_stride, real* dgain, const rea
 // ---- Rotary positions (Su et al., arXiv 2104.09864), adjacent pairs ------------------------------------------------------------------------------------
 // θ_i = 10000^(−2i/d); (x_2i, x_2i+1) → (x_2i cos − x_2i+1 sin, x_2i sin + x_2i+1 cos) at angle position·θ_i.
 
-// cos and sin of every position below `positions`, (positions, d/2, 2): computed once in double and kept. Not to be called by several threads at once.
+// cos and sin of one position, (d/2, 2), computed in double.
+inline void rope_angles(real* cs, int d, int position) {
+    for (int i = 0; i < d; i += 2) {
+        double angle = position * std::pow(10000.0, -(double)i / d);
+        cs[i] = (real)std::cos(angle);
+        cs[i + 1] = (real)std::sin(angle);
+    }
+}
+
+// The same of every position below `positions`, (positions, d/2, 2): computed once and kept. Not to be called by several threads at once.
 inline const real* rope_table(int d, int positions) {
     static std::map<int, std::vector<real>> tables;
     std::vector<real>& t = tables[d];
-    for (int p = (int)(t.size() / d); p < positions; p++) {
-        if (p == 0) t.reserve((size_t)positions * d);
-        for (int i = 0; i < d / 2; i++) {
-            double angle = p * std::pow(10000.0, -2.0 * i / d);
-            t.push_back((real)std::cos(angle));
-            t.push_back((real)std::sin(angle));
-        }
-    }
+    int known = (int)(t.size() / d);
+    if (known < positions) t.resize((size_t)positions * d);
+    for (int p = known; p < positions; p++) rope_angles(&t[(size_t)p * d], d, p);
     return t.data();
 }
 
@@ -125,13 +129,21 @@ inline void rope_row(real* y, const real* x, int heads, int d, const real* cs, i
         }
 }
 
-// The same for each of N rows.
+// The same for each of N rows. Of positions behind ROPE_KEPT no table is kept: a text without end, of which a window is seen, takes no more memory.
+constexpr int ROPE_KEPT = 1 << 17;
 inline void rope(real* y, int64_t y_stride, const real* x, int64_t x_stride, int64_t N, int heads, int d, const int* position, int direction) {
     int last = 0;
     for (int64_t n = 0; n < N; n++) last = std::max(last, position[n]);
-    const real* table = rope_table(d, last + 1);
+    const real* table = rope_table(d, std::min(last + 1, ROPE_KEPT));
 #pragma omp parallel for if (N * heads * d > FEW_NUMBERS)
-    for (int64_t n = 0; n < N; n++) rope_row(y + n * y_stride, x + n * x_stride, heads, d, table + (int64_t)position[n] * d, direction);
+    for (int64_t n = 0; n < N; n++) {
+        std::vector<real> own;
+        if (position[n] >= ROPE_KEPT) {
+            own.resize(d);
+            rope_angles(own.data(), d, position[n]);
+        }
+        rope_row(y + n * y_stride, x + n * x_stride, heads, d, own.empty() ? table + (int64_t)position[n] * d : own.data(), direction);
+    }
 }
 
 // ---- Dropout of embeddings and of residual branches ------------------------------------------------------------------------------------------------------

@@ -15,9 +15,6 @@
 #include <type_traits>
 #include <utility>
 #include <vector>
-#ifdef _OPENMP
-#include <omp.h>
-#endif
 #ifndef NO_CBLAS
 #ifdef __APPLE__
 #include <Accelerate/Accelerate.h>
@@ -26,27 +23,14 @@
 #endif
 #endif
 
+#include "../threads.h"
+
 #ifndef REAL
 #define REAL float
 #endif
 typedef REAL real;
 
 namespace cpu {
-
-inline int thread_number() {
-#ifdef _OPENMP
-    return omp_get_thread_num();
-#else
-    return 0;
-#endif
-}
-inline int num_threads() {
-#ifdef _OPENMP
-    return omp_get_max_threads();
-#else
-    return 1;
-#endif
-}
 
 // A vector that starts on a cache line: a load of 64 bytes that straddles two lines costs two.
 template <class T>

@@ -41,8 +41,10 @@ namespace gpu {
 namespace chain {
 
 constexpr int WARPS = 8, THREADS = 32 * WARPS;  // that compute
-constexpr int ALL_THREADS = THREADS + 64;       // and a warp that brings the weights, and one that asks for other things beforehand
-constexpr int AHEAD = 4;                        // so many stages beforehand
+// And a warp that brings the weights, one that asks for other things beforehand, and two that do nothing but make a warpgroup of them: only a whole one can
+// hand its registers over to those that compute, which without these spill some of what lives through all stages.
+constexpr int ALL_THREADS = THREADS + 128;
+constexpr int AHEAD = 4;  // so many stages beforehand
 // The queue: a slot holds CHUNK channels, or what is left, of a tile's 8 rows, which lie so that two of them share no banks. A warp has SLABS slabs of a chunk,
 // and AT_ONCE chunks in registers.
 constexpr int CHUNK = 1024, SLABS = CHUNK / 32 / WARPS, AT_ONCE = 4;
@@ -767,7 +769,7 @@ __global__ void __launch_bounds__(ALL_THREADS, 1) chain_kernel(const __grid_cons
         }
         barrier_init_fence();
     }
-    if (threadIdx.x < MAX_SEGMENTS) segment[threadIdx.x] = {0, 0};
+    if (threadIdx.x < MAX_SEGMENTS) segment[threadIdx.x] = {0, 0};  // those that a row does not have stay so: all norms of a launch are of one width
     if (threadIdx.x == 0) places.table = nullptr, stage_now = 0;
     __syncthreads();
     if (warp == WARPS) {
@@ -779,14 +781,13 @@ __global__ void __launch_bounds__(ALL_THREADS, 1) chain_kernel(const __grid_cons
             if (stages[s].attention) find_part(stages[s].causal);
     }
     __syncthreads();
-    if (warp == WARPS) {
-        bring_weights(queue, feeds, feeds_found, list.on_their_way);
+    if (warp >= WARPS) {
+        fewer_registers<88>();
+        if (warp == WARPS) bring_weights(queue, feeds, feeds_found, list.on_their_way);
+        if (warp == WARPS + 1) ask_for(stages, count, stage_now);
         return;
     }
-    if (warp == WARPS + 1) {
-        ask_for(stages, count, stage_now);
-        return;
-    }
+    more_registers<208>();
 
     char* exchange = exchange_memory + launch_half * HALF_BYTES;
     {  // empties the other half
@@ -920,6 +921,10 @@ class Chain {
     bool linear(const Matvec& m) {
         if (m.N != 1 || !takes_matvec3(m) || m.C % 32 != 0 || m.C > chain::MAX_CHANNELS || !chain::usable()) return false;
         make_room(1, m.OC * sizeof(floatX));
+        if (m.norm.gain && norm_channels != m.C) {
+            if (norm_channels) launch();  // the kernel's norms have one width
+            norm_channels = m.C;
+        }
         chain::Stage& stage = list.stage[list.count];
         stage.attention = false;
         chain::Linear& s = stage.linear;
@@ -1057,14 +1062,14 @@ class Chain {
     chain::StageList list = {};
     std::vector<Result> results;
     std::vector<Matvec> linears;
-    int next_block = 0;
+    int next_block = 0, norm_channels = 0;
 
     void clear() {
         list.count = 0;
         list.exchange_bytes = list.x_bytes = 0;
         results.clear();
         linears.clear();
-        next_block = 0;
+        next_block = norm_channels = 0;
     }
     chain::Source source(const floatX* p) {
         for (size_t i = results.size(); p && i-- > 0;) {

@@ -7,7 +7,8 @@
 //                     RMSNorm: without mean(t), which comes from m, and without db
 //
 // Shapes: x, y, dx, dy (N,C) with rows a stride apart, w, b (C), mean, rstd (N) float32, dw, db (C) float32. C up to 65536.
-// These are all bound by memory: a pass should read each row once and write it once. How the kernels came about: dev/cuda/layernorm.cu.
+// These are all bound by memory: a pass should read each row once and write it once, in bf16 4·C bytes a row forward, 6·C backward, 8·C where dx is added to
+// (65536 rows of 768 at 3.0 TB/s: 67, 101, 134 µs). How the kernels came about: dev/cuda/layernorm.cu.
 //
 // Rows that start on multiples of 16 bytes and fit take the kernels 4 and 5, which keep what they read in registers. All others take the kernels 3 (a warp a
 // row, read again for each use), by 16-byte accesses where these are possible, by single numbers where not.
@@ -17,8 +18,8 @@
 
 #include "bias.cuh"
 #include "common.cuh"
-#include "tensor_cores.cuh"
 #include "numbers.cuh"
+#include "tensor_cores.cuh"
 
 namespace gpu {
 

@@ -215,7 +215,7 @@ __global__ void __launch_bounds__(mla::THREADS) mla_latents_kernel3(MlaShape d, 
 #pragma unroll
             for (int i = 0; i < W; i++) sum += x[i] * x[i];
         }
-        float r = 1 / sqrtf(warp_sum(sum) / d.d_c + 1e-6f);
+        float r = 1 / sqrtf(warp_sum(sum) / d.d_c + norm_epsilon<false>);
         for (int c = lane * W; c < d.d_c; c += 32 * W) {
             float x[W], gain[W];
             mla::load(x, u + c);
@@ -276,7 +276,7 @@ __global__ void __launch_bounds__(mla::THREADS) mla_latents_kernel4(MlaShape d, 
         for (int v = 0; v < VECTORS; v++)
             if ((v * 32 + lane) * W < d.d_c)
                 for (int i = 0; i < W; i++) sum += u[k][v][i] * u[k][v][i];
-        float r = 1 / sqrtf(warp_sum(sum) / d.d_c + 1e-6f);
+        float r = 1 / sqrtf(warp_sum(sum) / d.d_c + norm_epsilon<false>);
 #pragma unroll
         for (int v = 0; v < VECTORS; v++) {
             int c = (v * 32 + lane) * W;
@@ -340,7 +340,7 @@ __global__ void __launch_bounds__(mla::THREADS) mla_latents_kernel5(MlaShape d, 
             for (int i = 0; i < W; i++) sum += u[k][v][i] * u[k][v][i];  // zeros behind the end
             forget(u[k][v]);
         }
-        r[k] = rsqrtf(warp_sum(sum) / d.d_c + 1e-6f);
+        r[k] = rsqrtf(warp_sum(sum) / d.d_c + norm_epsilon<false>);
     }
 #pragma unroll
     for (int v = 0; v < VECTORS; v++) {

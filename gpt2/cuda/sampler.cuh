@@ -6,6 +6,9 @@
 // Weights are whole multiples of 2⁻³⁶ and are counted in these as 64-bit integers: sums are exact in any order, and the tokens are those of the CPU. (The
 // exponentials differ from the CPU's by 4e-14, which moves the bounds between tokens by some 1e-11 at most.)
 //
+// A row is read once, 2·V bytes (GPT-2's 101 KB: 2 µs for one multiprocessor; 256 of them 9 µs at 3.0 TB/s), and a second time, by what has come into the
+// first-level cache, for the weights: 14 operations in double precision each, 6 µs a row where all are kept.
+//
 // What every step comes down to is to find the place where a running sum of a long row passes a target: find_crossing().
 //
 //     sampler_kernel2   any sizes and types: the least likely token kept is found bit by bit of its rank, with a pass over the row for each

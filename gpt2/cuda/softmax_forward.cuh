@@ -141,11 +141,11 @@ __device__ inline void load_slab(float (&to)[ROWS][WIDTH], const floatX* from, i
 // A block makes up to DV columns of O, from v0 = blockIdx.y·DV on.
 template <int DV>
 __global__ void __launch_bounds__(THREADS, 3) softmax_forward_kernel2(SoftmaxAttention a, floatX* o, int64_t o_stride, float* lse, bool dropout) {
-    __shared__ union {
+    __shared__ union alignas(16) {
         Slabs qk;
         float v[SLAB][DV];
     } slab;
-    __shared__ float p[ROWS2][KEYS2 + 4];
+    __shared__ alignas(16) float p[ROWS2][KEYS2 + 4];
     __shared__ Block b;  // not in registers, which are scarce
     Block found;
     if (!find_block(a, ROWS2, KEYS2, dropout, &found)) return;
