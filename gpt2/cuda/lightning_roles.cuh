@@ -176,6 +176,29 @@ __device__ __forceinline__ void new_table(float* table, int role, bool queries, 
     named_barrier(1 + role, 128);
 }
 
+// s = decay·s + (diag(weights)·X)ᵀ·Y: a state from one end of a chunk to the other.
+__device__ __forceinline__ void next_state(float (&s)[32], uint32_t X, uint32_t Y, const float* weights, float decay, int warp) {
+    uint32_t a[4][4];
+    transposed_rows(a, X, warp, [&](uint32_t x, int token) {
+        const float2 y = unpack_bf16(x), w = *(const float2*)(weights + token);
+        return pack_bf16(y.x * w.x, y.y * w.y);
+    });
+#pragma unroll
+    for (int x = 0; x < 32; x++) s[x] *= decay;
+    products_begin();
+#pragma unroll
+    for (int d = 0; d < 4; d++) product<1>(s, a[d], panel_operand_transposed(operand(Y), PANEL) + 128 * d, true);
+    products_commit();
+    products_wait<0>();
+    products_done(s);
+}
+
+// The first n rows of a tile, of hs numbers each, by a warpgroup: a bulk copy would write them all.
+__device__ __forceinline__ void store_rows(floatX* to, int64_t stride, uint32_t tile, int n, int hs) {
+    for (int piece = threadIdx.x % 8, r = threadIdx.x % 128 / 8; r < n; r += 16)
+        if (8 * piece < hs) *(uint4*)(to + r * stride + 8 * piece) = load_shared(tile + r * 128 + ((piece ^ r % 8) << 4));
+}
+
 }  // namespace lightning_roles
 
 // o of this block's spans, from first chunks to last; with `leave_states` S before every second chunk too. With g.range g.borders: tails.
@@ -248,20 +271,7 @@ __global__ void __launch_bounds__(lightning_roles::Forward::THREADS, 1)
                 }
                 __syncwarp();
                 barrier_wait(active + 8 * stage.at, stage.parity);
-                uint32_t a[4][4];
-                transposed_rows(a, K, warp, [&](uint32_t x, int token) {
-                    const float2 y = unpack_bf16(x), w = *(const float2*)(weights + token);
-                    return pack_bf16(y.x * w.x, y.y * w.y);
-                });
-                const float decay = power(slope2, (float)n);
-#pragma unroll
-                for (int x = 0; x < 32; x++) s[x] *= decay;
-                products_begin();
-#pragma unroll
-                for (int d = 0; d < 4; d++) product<1>(s, a[d], panel_operand_transposed(operand(V), PANEL) + 128 * d, true);
-                products_commit();
-                products_wait<0>();
-                products_done(s);
+                next_state(s, K, V, weights, power(slope2, (float)n), warp);
                 if (lane() == 0) barrier_arrive(empty + 8 * stage.at);
                 __syncwarp();
             }
@@ -275,11 +285,8 @@ __global__ void __launch_bounds__(lightning_roles::Forward::THREADS, 1)
         });
         if (leader) bulk_store_wait();
     } else {
-        const Place place(warp);
-        const int row = 16 * warp + lane() / 4;
         const uint32_t out = memory + Shape::OUT + (role - 1) * TILE;
         float* table = (float*)(lightning_hopper_memory + Shape::TABLES) + (role - 1) * 256;
-        const float* factor = first_factor(table, warp);
         bool mine = role == 1;  // the chunks are taken in turn
         if (g.range) wait_for_kernel_before();
         for_spans<false>(g, [&](const LightningSpan& q, int h, int chunks) {
@@ -289,9 +296,14 @@ __global__ void __launch_bounds__(lightning_roles::Forward::THREADS, 1)
                 float s[32];  // of no use here
                 start_state<false, 3>(s, g, q, h, role, warp, slope2, (float*)(lightning_hopper_memory + Shape::STATE));
             }
-            const float above = g.scale * power(slope2, (float)(row + 1)), below = g.scale * power(slope2, (float)(row + 9));
             for (int k = 0; k < chunks; k++, stage.next(), state.next(), mine = !mine) {
                 if (!mine) continue;
+                int warp = who.warp;
+                asm volatile("" : "+r"(warp));  // what follows from it is made for each chunk again, rather than kept in registers
+                const Place place(warp);
+                const int row = 16 * warp + lane() / 4;
+                const float* factor = first_factor(table, warp);
+                const float above = g.scale * power(slope2, (float)(row + 1)), below = g.scale * power(slope2, (float)(row + 9));
                 const uint32_t Q = memory + stage.at * Shape::STAGE, K = Q + TILE, V = K + TILE, S = memory + Shape::STATE + state.at * TILE;
                 const int n = min(CHUNK, q.n - CHUNK * k), first = q.begin + q.first + k * CHUNK;
                 barrier_wait(full + 8 * stage.at, stage.parity);
@@ -344,9 +356,7 @@ __global__ void __launch_bounds__(lightning_roles::Forward::THREADS, 1)
                         bulk_store_commit();
                     }
                 } else {
-                    for (int piece = threadIdx.x % 8, i = threadIdx.x % 128 / 8; i < n; i += 16)
-                        if (8 * piece < g.hs)
-                            *(uint4*)(o_out + (int64_t)(first + i) * g.channels() + h * g.hs + 8 * piece) = load_shared(out + i * 128 + ((piece ^ i % 8) << 4));
+                    store_rows(o_out + (int64_t)first * g.channels() + h * g.hs, g.channels(), out, n, g.hs);
                 }
                 __syncwarp();
             }
@@ -383,7 +393,7 @@ __global__ void __launch_bounds__(lightning_roles::Backward::THREADS, 1)
         }
         for (int s = 0; s < 2; s++) {
             barrier_init(ready(s), 4);       // leaders of all warpgroups
-            barrier_init(used(s), 12);       // warps that make gradients
+            barrier_init(used(s), 16);       // warps that make D and gradients
             barrier_init(state_used(s), 4);  // that make dQ
         }
         barrier_init(ready(0) + 6 * 8, blocks);
@@ -436,21 +446,8 @@ __global__ void __launch_bounds__(lightning_roles::Backward::THREADS, 1)
                 __syncwarp();
                 barrier_wait(full(i), i / STAGES & 1);
                 barrier_wait(ready(i), i / 2 & 1);
-                uint32_t a[4][4];
-                transposed_rows(a, Q, warp, [&](uint32_t x, int token) {
-                    const float2 y = unpack_bf16(x), w = *(const float2*)(weights + token);
-                    return pack_bf16(y.x * w.x, y.y * w.y);
-                });
-                const float decay = power(slope2, (float)n);
-#pragma unroll
-                for (int x = 0; x < 32; x++) s[x] *= decay;
-                products_begin();
-#pragma unroll
-                for (int d = 0; d < 4; d++) product<1>(s, a[d], panel_operand_transposed(operand(dO), PANEL) + 128 * d, true);
-                products_commit();
-                products_wait<0>();
-                products_done(s);
-                if (lane() == 0) barrier_arrive(empty(i));
+                next_state(s, Q, dO, weights, power(slope2, (float)n), warp);
+                if (lane() == 0) barrier_arrive(used(i)), barrier_arrive(empty(i));
                 __syncwarp();
             }
         });
@@ -513,10 +510,7 @@ __global__ void __launch_bounds__(lightning_roles::Backward::THREADS, 1)
                 }
                 __syncwarp();
             } else {
-                for (int piece = threadIdx.x % 8, r = threadIdx.x % 128 / 8; r < n; r += 16)
-                    if (8 * piece < g.hs)
-                        *(uint4*)(du + (int64_t)(row0 + r) * 3 * g.channels() + t * g.channels() + h * g.hs + 8 * piece) =
-                            load_shared(tile + r * 128 + ((piece ^ r % 8) << 4));
+                store_rows(du + ((int64_t)row0 * 3 + t) * g.channels() + h * g.hs, 3 * g.channels(), tile, n, g.hs);
                 async_fence();
                 named_barrier(1 + role, 128);
             }
