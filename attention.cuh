@@ -236,9 +236,12 @@ inline void causal_backward(const AttentionContext& ctx, const Tensors& paramete
     g.dv = dqkv + (core.v - core.q);
     g.dq_stride = g.dk_stride = g.dv_stride = qkv_size(a);
     g.dk_head = g.dv_head = a.head_size();
+    float* dbqkv = gradients["bqkv"];
+    const bool rotated = a.positions == Positions::ROPE;
+    if (!rotated) g.dbias = dbqkv;
     softmax_backward(ctx.stream, core, g, rest.scratch);
-    if (a.positions == Positions::ROPE) causal_rope(ctx, dqkv, -1);
-    linear_backward(ctx.stream, dx, false, gradients["wqkv"], gradients["bqkv"], dqkv, x, parameters["wqkv"], N, C, qkv_size(a));
+    if (rotated) causal_rope(ctx, dqkv, -1);
+    linear_backward(ctx.stream, dx, false, gradients["wqkv"], rotated ? dbqkv : nullptr, dqkv, x, parameters["wqkv"], N, C, qkv_size(a));
 }
 
 inline void causal_extend(const AttentionContext& ctx, const Tensors& parameters, const floatX* x, const floatX* residual, floatX* out) {

@@ -257,11 +257,8 @@ static bool launch5(cudaStream_t stream, const SoftmaxAttention& a, const Softma
 
 #endif
 
-static bool backward(int version, cudaStream_t stream, const SoftmaxAttention& attention, const SoftmaxGradients& g, Scratch scratch) {
-    if (version == 7) {
-        softmax_backward(stream, attention, g, scratch);
-        return true;
-    }
+// The gradients without the bias's.
+static bool launch(int version, cudaStream_t stream, const SoftmaxAttention& attention, const SoftmaxGradients& g, Scratch scratch) {
     SoftmaxAttention a = attention;
     if (a.window >= a.max_k) a.window = 0;
     float2* stats = scratch.take<float2>(a.heads * a.q_rows);
@@ -275,6 +272,13 @@ static bool backward(int version, cudaStream_t stream, const SoftmaxAttention& a
     if (version == 6 && fits_tensor_cores(a, g)) return launch6(stream, a, g, stats), true;
 #endif
     return false;
+}
+
+static bool backward(int version, cudaStream_t stream, const SoftmaxAttention& a, const SoftmaxGradients& g, Scratch scratch) {
+    if (version == 7) return softmax_backward(stream, a, g, scratch), true;
+    if (!launch(version, stream, a, g, scratch)) return false;
+    launch_bias(stream, a, g);
+    return true;
 }
 
 }  // namespace gpu
@@ -406,12 +410,33 @@ static void check(Ladder& ladder, const Problem& p, double absolute = 1e-6) {
     const int64_t kv_offset = p.packed() ? p.q_width() : 0;
     DeviceArray<floatX>& keys = p.packed() ? gpu_dq : gpu_dkv;
     const std::vector<float>& keys_reference = p.packed() ? dq : dkv;
-    ladder.check(p.name(),
-                 {part("dq", gpu_dq, dq, q_rows, g.dq_stride, 0, p.q_width()), part("dk", keys, keys_reference, k_rows, g.dk_stride, kv_offset, k_width),
-                  part("dv", keys, keys_reference, k_rows, g.dv_stride, kv_offset + k_width, v_width)},
-                 [&](int version) {
-                     return gpu::backward(version, ladder.stream, a, g, gpu::Scratch{scratch, scratch.size});
-                 });
+    std::vector<Output> outputs{part("dq", gpu_dq, dq, q_rows, g.dq_stride, 0, p.q_width()),
+                                part("dk", keys, keys_reference, k_rows, g.dk_stride, kv_offset, k_width),
+                                part("dv", keys, keys_reference, k_rows, g.dv_stride, kv_offset + k_width, v_width)};
+    // The bias's gradient, if q, k, v are what a training step has. That of the keys is zero but for rounding, since the rows of dS add up to zero: what may be
+    // wrong is measured by what a sum of so many numbers of any sign would be.
+    DeviceArray<float> dbias(p.packed() ? g.dq_stride : 0);
+    const std::vector<float> initial = random_numbers(dbias.size, 4);
+    auto sums = [&](const char* name, int64_t offset, int64_t width) {
+        std::vector<float> reference(initial.begin() + offset, initial.begin() + offset + width);
+        double squares = 0;
+        for (int64_t n = 0; n < q_rows; n++)
+            for (int64_t c = 0; c < width; c++) {
+                float x = dq[n * g.dq_stride + offset + c];
+                reference[c] += x;
+                squares += (double)x * x;
+            }
+        Output x = accumulated(name, dbias, initial, reference, 2e-6, TOLERANCE * std::sqrt(squares / width) + absolute * q_rows);
+        x.read = [&dbias, offset, width] { return columns(dbias.to_host(), 1, dbias.size, offset, width); };
+        outputs.push_back(x);
+    };
+    if (p.packed()) {
+        g.dbias = dbias;
+        sums("sums of dq", 0, kv_offset);
+        sums("sums of dk", kv_offset, k_width);
+        sums("sums of dv", kv_offset + k_width, v_width);
+    }
+    ladder.check(p.name(), outputs, [&](int version) { return gpu::backward(version, ladder.stream, a, g, gpu::Scratch{scratch, scratch.size}); });
 }
 
 // Numbers that repeat, since making so many random ones takes long.
@@ -420,7 +445,7 @@ static void fill(DeviceArray<gpu::floatX>& x, const DeviceArray<gpu::floatX>& ra
         CUDA_CHECK(cudaMemcpy(x.data + i, random.data, std::min(random.size, x.size - i) * sizeof(gpu::floatX), cudaMemcpyDeviceToDevice));
 }
 
-static void time(Ladder& ladder, const Problem& p) {
+static void time(Ladder& ladder, const Problem& p, bool bias = false) {
     const std::vector<int> cu_q = Problem::offsets(p.q_lens), cu_k = Problem::offsets(p.k_lens);
     const int64_t q_rows = cu_q.back(), k_rows = cu_k.back();
     using gpu::floatX;
@@ -435,11 +460,15 @@ static void time(Ladder& ladder, const Problem& p) {
     g.o = o, g.d_o = d_o, g.lse = lse;
     p.gradients(g, dq.data, dkv.data);
     DeviceArray<char> scratch(gpu::softmax_backward_scratch(p.heads, p.kv_heads, p.d_qk, p.d_v, q_rows, k_rows));
+    DeviceArray<float> dbias(std::vector<float>(g.dq_stride));
+    if (bias) g.dbias = dbias;
     double pairs = 0;
     for (int n : p.q_lens) pairs += 0.5 * n * (n + 1.0);  // n_q = n_k, no window
     Work work{2.0 * pairs * p.heads * (3 * p.d_qk + 2 * p.d_v),
               (2.0 * (q_rows * p.q_width() + k_rows * p.kv_width(0)) + 2.0 * q_rows * p.o_width()) * sizeof(floatX)};
-    ladder.time(p.name(), work, [&](int version) { return gpu::backward(version, ladder.stream, a, g, gpu::Scratch{scratch, scratch.size}); });
+    ladder.time(p.name() + (bias ? " with bias" : ""), work, [&](int version) {
+        return gpu::backward(version, ladder.stream, a, g, gpu::Scratch{scratch, scratch.size});
+    });
 }
 
 int main(int argc, char** argv) {
@@ -489,6 +518,7 @@ int main(int argc, char** argv) {
     check(ladder, {2, 2, 64, 64, {1, 300, 64}, {1, 300, 64}, 0, 0.1, true});
 
     time(ladder, uniform(64, 12, 1024, 64, 64));
+    time(ladder, uniform(64, 12, 1024, 64, 64), true);
     time(ladder, uniform(8, 12, 8192, 64, 64));
     time(ladder, uniform(2, 12, 32768, 64, 64));
     time(ladder, uniform(8, 16, 4096, 128, 128));

@@ -49,6 +49,9 @@ struct SoftmaxGradients {
     int64_t o_stride, do_stride;
     floatX *dq, *dk, *dv;
     int64_t dq_stride, dk_stride, dk_head, dv_stride, dv_head;
+    // += the sums over the rows of [dq | dk | dv], the gradient of a bias that was added to [q | k | v]; null: not asked for. If it is, these stand side by
+    // side in rows, and cu_q[num_seqs] = q_rows.
+    float* dbias = nullptr;
 };
 
 constexpr float LOG2E = 1.44269504f;  // exponentials are powers of 2, log₂e being part of the scale

@@ -742,25 +742,27 @@ inline int64_t softmax_backward_scratch(int heads, int kv_heads, int d_qk, int d
     return scratch_bytes({heads * q_rows * (int64_t)sizeof(float2), 2 * sizeof(int)});
 }
 
-// dq, dk, dv of every row of every sequence, zeros where nothing is seen. Source: attention.h, cpu::softmax_backward.
+// dq, dk, dv of every row of every sequence, zeros where nothing is seen, and dbias. Source: attention.h, cpu::softmax_backward.
 inline void softmax_backward(cudaStream_t stream, const SoftmaxAttention& attention, const SoftmaxGradients& g, Scratch scratch) {
     using namespace softmax_bwd;
     SoftmaxAttention a = attention;
     assert(!a.states && !a.q_at && a.heads % a.kv_heads == 0 && a.scale > 0);
     if (a.window >= a.max_k) a.window = 0;
     float2* stats = scratch.take<float2>(a.heads * a.q_rows);
+    assert(!g.dbias || (g.dk - g.dq == (int64_t)a.heads * a.d_qk && g.dv - g.dk == (int64_t)a.kv_heads * a.d_qk && g.dk_stride == g.dq_stride));
 #ifndef GPU_FLOAT32
     const bool tensor_cores = fits_tensor_cores(a, g);
     if (tensor_cores && launch7(stream, a, g, stats, scratch.take<int>(2))) return;
     launch_delta(stream, a, g, stats);
-    if (tensor_cores) {
+    if (tensor_cores)
         launch6(stream, a, g, stats);
-        return;
-    }
+    else
+        launch2(stream, a, g, stats);
 #else
     launch_delta(stream, a, g, stats);
-#endif
     launch2(stream, a, g, stats);
+#endif
+    launch_bias(stream, a, g);
 }
 
 }  // namespace gpu

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <climits>
 
+#include "bias.cuh"
 #include "softmax.cuh"
 
 namespace gpu {
@@ -11,6 +12,12 @@ namespace gpu {
 namespace softmax_bwd {
 
 constexpr int THREADS = 128;
+
+// Columns of [dq | dk | dv], and the sums over its rows, by a pass of their own.
+HOST_DEVICE inline int64_t bias_columns(const SoftmaxAttention& a) { return (int64_t)a.heads * a.d_qk + (int64_t)a.kv_heads * (a.d_qk + a.d_v); }
+inline void launch_bias(cudaStream_t stream, const SoftmaxAttention& a, const SoftmaxGradients& g) {
+    if (g.dbias) bias_backward(stream, g.dbias, g.dq, a.q_rows, bias_columns(a), g.dq_stride);
+}
 
 // ---- which block does what ------------------------------------------------------------------------------------------------------------------------------
 

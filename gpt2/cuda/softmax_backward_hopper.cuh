@@ -11,6 +11,10 @@
 // at a barrier but through the ring of tiles. Blocks stay, one a multiprocessor, and take one tile of owned rows after the other; the copying warpgroup runs
 // ahead, to the next tile too.
 //
+// If the sums over the rows of [dq | dk | dv] are wanted, too, a warpgroup adds up its rows while they are float32 in registers, as it stores them, and leaves
+// them as a partial row in the workspace; a last kernel adds these up, always in one order. A pass over the stored gradients takes a seventh of the
+// time of all else at GPT-2's shape, this a 25th.
+//
 // Tiles that go beyond the end of their sequence are copied by ordinary loads, and zeros behind the end: what stands there belongs to others, or is NaN. So
 // nothing but the lengths in cu_q and cu_k decides what is read, and batches of sequences of all lengths go this way.
 #pragma once
@@ -43,9 +47,12 @@ struct Shape7 {
     static constexpr int QK = PANELS_QK * OTHERS * 128, STAGE = QK + PANELS_V * OTHERS * 128;
     // Keys' kernel: lse·log₂e of the tile's queries, then D of these, with each tile. Queries' kernel: lse·log₂e of the owned queries.
     static constexpr int STATS = KEYS ? OTHERS * 8 : 0, OWN_STATS = KEYS ? 0 : OWN7 * 4;
-    // Offsets in shared memory: owned rows, tiles, statistics, work, the next tile, barriers.
+    // Offsets in shared memory: owned rows, tiles, statistics, sums, work, the next tile, barriers.
     static constexpr int TILES = BUFFERS * OWN, TILE_STATS = TILES + STAGES * STAGE, OWNED_STATS = TILE_STATS + STAGES * STATS;
-    static constexpr int WORK = OWNED_STATS + BUFFERS * OWN_STATS, NEXT = WORK + BUFFERS * 32, BARRIERS = NEXT + 16;
+    // Sums over the rows of a warp, where that is done: two of 64 columns.
+    static constexpr bool SUMS = DQK == 64 && DV == 64;
+    static constexpr int WARP_SUMS = OWNED_STATS + BUFFERS * OWN_STATS;
+    static constexpr int WORK = WARP_SUMS + (SUMS ? CONSUMERS7 / 32 * 512 : 0), NEXT = WORK + BUFFERS * 32, BARRIERS = NEXT + 16;
     static constexpr int BYTES = 1024 + BARRIERS + 16 * (STAGES + BUFFERS);
     static_assert(BYTES <= 227 << 10 && DQK % 32 == 0 && DV % 32 == 0, "");
     static_assert(STAGE >= OWN_V, "o, too, comes through the ring");
@@ -94,30 +101,36 @@ struct Work7 {
     int row, head;   // its first row among all rows; its head
     int begin, end;  // the rows of the other sort that matter to it, counted from the sequence's first
     int diagonal;    // keys' kernel: query i sees the keys r <= i − diagonal of the tile; queries' kernel: query r sees the keys j <= r + diagonal
+    int number;      // of the tile among those of its head in all sequences, each of which has as many as the longest
 };
 __device__ inline void store_work(uint32_t address, const Work7& w) {
     asm volatile("st.shared.v4.b32 [%0], {%1,%2,%3,%4};" ::"r"(address), "r"(w.there), "r"(w.row), "r"(w.head), "r"(w.begin) : "memory");
-    asm volatile("st.shared.v2.b32 [%0], {%1,%2};" ::"r"(address + 16), "r"(w.end), "r"(w.diagonal) : "memory");
+    asm volatile("st.shared.v4.b32 [%0], {%1,%2,%3,%3};" ::"r"(address + 16), "r"(w.end), "r"(w.diagonal), "r"(w.number) : "memory");
 }
 __device__ inline Work7 load_work(uint32_t address) {
     Work7 w;
     asm volatile("ld.shared.v4.b32 {%0,%1,%2,%3}, [%4];" : "=r"(w.there), "=r"(w.row), "=r"(w.head), "=r"(w.begin) : "r"(address) : "memory");
     asm volatile("ld.shared.v2.b32 {%0,%1}, [%2];" : "=r"(w.end), "=r"(w.diagonal) : "r"(address + 16) : "memory");
+    asm volatile("ld.shared.b32 %0, [%1];" : "=r"(w.number) : "r"(address + 24) : "memory");
     return w;
 }
 
-// work(sequence, head, tile) for the tiles that this block gets: the next one whenever it is done with one, so that all blocks end at about the same time. Who
-// computes a tile does not show in the results. Tiles with much to do come first within a head. `counter` starts from 0; `tiles`: of the longest sequence.
-// By the copying threads.
+// work(sequence, head, tile, number) for the tiles that this block gets: the next one whenever it is done with one. Who computes a tile does not show in the
+// results. Heads are taken in groups that have four tiles for each block, those of a group that have most to do first, so that all blocks end at about the same
+// time; but of 16 heads at most, so that what a group reads stays in the L2 cache. `counter` starts from 0; `tiles`: of the longest sequence. By the copying
+// threads.
 template <bool KEYS, class Work>
 __device__ __forceinline__ void for_each_tile(const SoftmaxAttention& a, int tiles, int* counter, uint32_t next_tile, Work work) {
     const int heads = KEYS ? a.kv_heads : a.heads, count = a.num_seqs * heads * tiles;
+    const int group = min(max((int)gridDim.x * 4 / tiles, 1), 16);
     for (int x = blockIdx.x; x < count;) {
         int next = 0;
         if (threadIdx.x % 128 == 0) next = gridDim.x + atomicAdd(counter, 1);  // comes while this tile is copied
-        const Sequence s(a, x / tiles / heads, false);
-        const int tile = KEYS ? x % tiles : tiles - 1 - x % tiles;
-        if (tile * OWN7 < (KEYS ? s.n_k : s.n_q)) work(s, x / tiles % heads, tile);
+        const int first = x / (group * tiles) * group, in_group = min(group, a.num_seqs * heads - first), rank = x - first * tiles;
+        const int seq = (first + rank % in_group) / heads, head = (first + rank % in_group) % heads;
+        const int tile = KEYS ? rank / in_group : tiles - 1 - rank / in_group;
+        const Sequence s(a, seq, false);
+        if (tile * OWN7 < (KEYS ? s.n_k : s.n_q)) work(s, head, tile, seq * tiles + tile);
         if (threadIdx.x % 128 == 0) asm volatile("st.shared.b32 [%0], %1;" ::"r"(next_tile), "r"(next) : "memory");
         named_barrier(1, 128);
         asm volatile("ld.shared.b32 %0, [%1];" : "=r"(x) : "r"(next_tile) : "memory");
@@ -270,12 +283,43 @@ __device__ __forceinline__ void store_fragments(floatX* to, int64_t stride, cons
         }
 }
 
+// Sums over the rows of a warpgroup: each warp leaves those over its 16 rows in shared memory, 64 columns; then a thread adds up a column. Rows that do not
+// exist are zeros: their P is.
+__device__ __forceinline__ void put_column_sums(uint32_t shared, const float (&acc)[32]) {
+    const int t = threadIdx.x % 128, lane = t % 32;
+    // Eight lanes have sums of the same 16 columns. Half of them take the first ones, the others the rest, and so on: lane l ends with columns 2l and 2l+1.
+    float x[16];
+#pragma unroll
+    for (int i = 0; i < 16; i++) x[i] = acc[i / 2 * 4 + i % 2] + acc[i / 2 * 4 + 2 + i % 2];
+#pragma unroll
+    for (int step = 0; step < 3; step++) {
+        const int half = 8 >> step;
+        const bool upper = lane & 2 * half;
+#pragma unroll
+        for (int i = 0; i < 8; i++) {
+            if (i >= half) continue;
+            float got = __shfl_xor_sync(0xffffffff, upper ? x[i] : x[half + i], 2 * half);
+            x[i] = (upper ? x[half + i] : x[i]) + got;
+        }
+    }
+    asm volatile("st.shared.v2.f32 [%0], {%1,%2};" ::"r"(shared + t * 8), "f"(x[0]), "f"(x[1]) : "memory");
+}
+__device__ __forceinline__ float get_column_sum(uint32_t shared, int column) {
+    float sum = 0;
+#pragma unroll
+    for (int warp = 0; warp < 4; warp++) sum += load_shared(shared + warp * 256 + column * 4);
+    return sum;
+}
+static __global__ void softmax_backward_bias_kernel7(float* dbias, const float* partial, int rows, int columns) {
+    add_partial_columns<8>({dbias}, partial, rows, columns, columns);
+}
+
 // ---- keys -----------------------------------------------------------------------------------------------------------------------------------------------
 
 template <class Shape>
 __global__ void __launch_bounds__(THREADS7, 1)
     softmax_backward_dkv_kernel7(const __grid_constant__ SoftmaxAttention a, const __grid_constant__ SoftmaxGradients g, float2* stats, int tiles, int* counter,
-                                 const __grid_constant__ CUtensorMap map_q, const __grid_constant__ CUtensorMap map_k,
+                                 float* partial, const __grid_constant__ CUtensorMap map_q, const __grid_constant__ CUtensorMap map_k,
                                  const __grid_constant__ CUtensorMap map_v, const __grid_constant__ CUtensorMap map_do) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
     constexpr int DQK = Shape::DQK, DV = Shape::DV, OTHERS = Shape::OTHERS;
@@ -295,7 +339,7 @@ __global__ void __launch_bounds__(THREADS7, 1)
         fewer_registers<24>();
         const int t = threadIdx.x % 128;
         const Source7 q{&map_q, a.q, a.q_stride}, k{&map_k, a.k, a.k_stride}, v{&map_v, a.v, a.v_stride}, d_o{&map_do, g.d_o, g.do_stride};
-        for_each_tile<true>(a, tiles, counter, base + Shape::NEXT, [&](const Sequence& s, int head, int tile) {
+        for_each_tile<true>(a, tiles, counter, base + Shape::NEXT, [&](const Sequence& s, int head, int tile, int number) {
             const int j0 = tile * OWN7, there = min(s.n_k - j0, OWN7);
             const Range range = queries_of(a, s, j0, j0 + OWN7);
             own.wait_empty();
@@ -305,7 +349,7 @@ __global__ void __launch_bounds__(THREADS7, 1)
                 bytes = load_panels<DQK, OWN7>(to, k, own.full(), s.k0 + j0, head * (int)a.k_head, there);
                 bytes += load_panels<DV, OWN7>(to + Shape::OWN_QK, v, own.full(), s.k0 + j0, head * (int)a.v_head, there);
             }
-            if (t == 0) store_work(base + Shape::WORK + own.at * 32, {there, s.k0 + j0, head, range.begin, range.end, j0 - s.shift});
+            if (t == 0) store_work(base + Shape::WORK + own.at * 32, {there, s.k0 + j0, head, range.begin, range.end, j0 - s.shift, number});
             arrive_loaded(own.full(), bytes);
             own.next();
             for (int h = head * group; h < (head + 1) * group; h++)
@@ -476,6 +520,21 @@ __global__ void __launch_bounds__(THREADS7, 1)
             const int64_t first = w.row + row;
             store_fragments(g.dk + first * g.dk_stride + w.head * g.dk_head, g.dk_stride, dk, a.scale, w.there - row);
             store_fragments(g.dv + first * g.dv_stride + w.head * g.dv_head, g.dv_stride, dv, 1, w.there - row);
+            if constexpr (Shape::SUMS) {
+                if (partial) {
+                    const int t = threadIdx.x % 128, column = t % 64;
+                    const uint32_t sums = base + Shape::WARP_SUMS + warp / 4 * 2048;
+                    float* to = partial + (2 * w.number + warp / 4) * bias_columns(a) + (a.heads + w.head) * DQK;
+                    named_barrier(2 + warp / 4, 128);  // those of the tile before have been read
+                    put_column_sums(sums, dk);
+                    put_column_sums(sums + 1024, dv);
+                    named_barrier(2 + warp / 4, 128);
+                    if (t < 64)
+                        to[column] = get_column_sum(sums, column) * a.scale;
+                    else
+                        to[a.kv_heads * DQK + column] = get_column_sum(sums + 1024, column);
+                }
+            }
         }
     }
 #endif
@@ -486,8 +545,9 @@ __global__ void __launch_bounds__(THREADS7, 1)
 template <class Shape>
 __global__ void __launch_bounds__(THREADS7, 1)
     softmax_backward_dq_kernel7(const __grid_constant__ SoftmaxAttention a, const __grid_constant__ SoftmaxGradients g, float2* stats, int tiles, int* counter,
-                                const __grid_constant__ CUtensorMap map_q, const __grid_constant__ CUtensorMap map_k, const __grid_constant__ CUtensorMap map_v,
-                                const __grid_constant__ CUtensorMap map_do, const __grid_constant__ CUtensorMap map_o) {
+                                float* partial, const __grid_constant__ CUtensorMap map_q, const __grid_constant__ CUtensorMap map_k,
+                                const __grid_constant__ CUtensorMap map_v, const __grid_constant__ CUtensorMap map_do,
+                                const __grid_constant__ CUtensorMap map_o) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
     constexpr int DQK = Shape::DQK, DV = Shape::DV, OTHERS = Shape::OTHERS;
     constexpr bool PIPELINED = Shape::ORDER == Order7::PIPELINED;
@@ -506,7 +566,7 @@ __global__ void __launch_bounds__(THREADS7, 1)
         const int t = threadIdx.x % 128;
         const Source7 q{&map_q, a.q, a.q_stride}, k{&map_k, a.k, a.k_stride}, v{&map_v, a.v, a.v_stride}, d_o{&map_do, g.d_o, g.do_stride};
         const Source7 o{&map_o, g.o, g.o_stride};
-        for_each_tile<false>(a, tiles, counter, base + Shape::NEXT, [&](const Sequence& s, int head, int tile) {
+        for_each_tile<false>(a, tiles, counter, base + Shape::NEXT, [&](const Sequence& s, int head, int tile, int number) {
             const int i0 = tile * OWN7, kv = a.kv_head(head), there = min(s.n_q - i0, OWN7);
             const Range range = keys_of(a, s, i0, i0 + OWN7);
             float lse = t < there ? g.lse[head * a.q_rows + s.q0 + i0 + t] : -INFINITY;
@@ -517,7 +577,7 @@ __global__ void __launch_bounds__(THREADS7, 1)
             // Rows that see no key have P = 0.
             lse = lse == -INFINITY ? INFINITY : lse * LOG2E;
             asm volatile("st.shared.f32 [%0], %1;" ::"r"(base + Shape::OWNED_STATS + own.at * Shape::OWN_STATS + t * 4), "f"(lse) : "memory");
-            if (t == 0) store_work(base + Shape::WORK + own.at * 32, {there, s.q0 + i0, head, range.begin, range.end, i0 + s.shift});
+            if (t == 0) store_work(base + Shape::WORK + own.at * 32, {there, s.q0 + i0, head, range.begin, range.end, i0 + s.shift, number});
             arrive_loaded(own.full(), bytes);
             own.next();
             others.wait_empty();
@@ -704,6 +764,16 @@ __global__ void __launch_bounds__(THREADS7, 1)
             }
             own.next();
             store_fragments(g.dq + (int64_t)(w.row + row) * g.dq_stride + w.head * (int64_t)DQK, g.dq_stride, dq, a.scale, w.there - row);
+            if constexpr (Shape::SUMS) {
+                if (partial) {
+                    const int t = threadIdx.x % 128;
+                    const uint32_t sums = base + Shape::WARP_SUMS + warp / 4 * 2048;
+                    named_barrier(2 + warp / 4, 128);  // those of the tile before have been read
+                    put_column_sums(sums, dq);
+                    named_barrier(2 + warp / 4, 128);
+                    if (t < 64) partial[(2 * w.number + warp / 4) * bias_columns(a) + w.head * DQK + t] = get_column_sum(sums, t) * a.scale;
+                }
+            }
         }
     }
 #endif
@@ -716,9 +786,9 @@ inline CUtensorMap rows_map(const floatX* data, int64_t stride, int heads, int64
     return tensor_map<2>(data, {(heads - 1) * head + d, std::min<int64_t>(std::max<int64_t>(rows, 1), INT_MAX)}, {stride}, {64, box});
 }
 
-// The keys' kernel, or the queries', which comes first: it makes the statistics.
+// The keys' kernel, or the queries', which comes first: it makes the statistics. `partial`: rows for sums, or null.
 template <class Shape>
-inline void launch7(cudaStream_t stream, const SoftmaxAttention& a, const SoftmaxGradients& g, float2* stats, int* counter) {
+inline void launch7(cudaStream_t stream, const SoftmaxAttention& a, const SoftmaxGradients& g, float2* stats, int* counter, float* partial) {
     constexpr bool KEYS = Shape::KEYS;
     constexpr int q_box = KEYS ? Shape::OTHERS : OWN7, k_box = KEYS ? OWN7 : Shape::OTHERS;
     const int tiles = (int)ceil_div(KEYS ? a.max_k : a.max_q, OWN7);
@@ -732,11 +802,11 @@ inline void launch7(cudaStream_t stream, const SoftmaxAttention& a, const Softma
     if constexpr (KEYS) {
         auto kernel = softmax_backward_dkv_kernel7<Shape>;
         allow_shared_memory(kernel, Shape::BYTES);
-        kernel<<<blocks, THREADS7, Shape::BYTES, stream>>>(a, g, stats, tiles, counter, map_q, map_k, map_v, map_do);
+        kernel<<<blocks, THREADS7, Shape::BYTES, stream>>>(a, g, stats, tiles, counter, partial, map_q, map_k, map_v, map_do);
     } else {
         auto kernel = softmax_backward_dq_kernel7<Shape>;
         allow_shared_memory(kernel, Shape::BYTES);
-        kernel<<<blocks, THREADS7, Shape::BYTES, stream>>>(a, g, stats, tiles, counter, map_q, map_k, map_v, map_do,
+        kernel<<<blocks, THREADS7, Shape::BYTES, stream>>>(a, g, stats, tiles, counter, partial, map_q, map_k, map_v, map_do,
                                                            rows_map(g.o, g.o_stride, a.heads, a.d_v, a.d_v, q_rows, q_box));
     }
     LAUNCH_CHECK();
@@ -745,9 +815,17 @@ inline void launch7(cudaStream_t stream, const SoftmaxAttention& a, const Softma
 // False: these kernels do not take it. Pointers and strides suit tensor cores. `counters`: two.
 inline bool launch7(cudaStream_t stream, const SoftmaxAttention& a, const SoftmaxGradients& g, float2* stats, int* counters) {
     auto launch = [&](auto dq, auto dkv) {
+        // Partial rows of sums: two of each tile.
+        const int64_t rows = 2 * a.num_seqs * ceil_div(a.max_q, OWN7), columns = bias_columns(a), bytes = rows * columns * (int64_t)sizeof(float);
+        float* partial = nullptr;
+        if (g.dbias && decltype(dq)::SUMS && a.max_q == a.max_k && bytes <= WORKSPACE_BYTES) partial = (float*)workspace();
         CUDA_CHECK(cudaMemsetAsync(counters, 0, 2 * sizeof(int), stream));
-        launch7<decltype(dq)>(stream, a, g, stats, counters);
-        launch7<decltype(dkv)>(stream, a, g, stats, counters + 1);
+        if (partial && a.num_seqs * (int64_t)a.max_q != a.q_rows) CUDA_CHECK(cudaMemsetAsync(partial, 0, bytes, stream));  // shorter sequences lack tiles
+        launch7<decltype(dq)>(stream, a, g, stats, counters, partial);
+        launch7<decltype(dkv)>(stream, a, g, stats, counters + 1, partial);
+        if (!partial) return launch_bias(stream, a, g);
+        softmax_backward_bias_kernel7<<<(unsigned)ceil_div(columns, 8), 512, 0, stream>>>(g.dbias, partial, (int)rows, (int)columns);
+        LAUNCH_CHECK();
     };
     if (!hopper_code() || a.dropout.p > 0 || a.max_q == 0 || a.max_k == 0 || !aligned16(g.o) || g.o_stride % 8 != 0) return false;
     //                  d_qk d_v others stages buffers kept
