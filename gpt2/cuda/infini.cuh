@@ -549,7 +549,7 @@ template <bool DELTA, int CLUSTER, int STAGES, int AHEAD, int BLOCKS>
 inline void infini_sequence_backward(cudaStream_t stream, const InfiniPass& p, const float* beta, const floatX* D, const floatX* dA, floatX* dqkv,
                                      float* partial) {
     launch_overlapping(stream, false, CLUSTER, infini_backward_kernel5<DELTA, CLUSTER, STAGES, AHEAD, BLOCKS>, (int64_t)p.num_seqs * p.heads * CLUSTER,
-                       infini_hopper::SEQUENCE_THREADS, infini_hopper::SequenceShared<STAGES, (CLUSTER > 1)>::BYTES, infini_qkv_map(p, p.qkv),
+                       infini_hopper::SEQUENCE_THREADS, infini_hopper::SequenceShared<STAGES, CLUSTER>::BYTES, infini_qkv_map(p, p.qkv),
                        infini_channels_map(p, D), infini_channels_map(p, dA), infini_qkv_map(p, dqkv), p, beta, dqkv, partial);
     LAUNCH_CHECK();
 }

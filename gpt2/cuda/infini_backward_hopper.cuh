@@ -15,8 +15,9 @@
 // each is ahead, the farther they drift. 96 blocks with three tiles ahead: 2.8 TB/s, with four: 2.4.
 //
 // Where sequences are few (delta alone: infini_sequence_blocks()), the blocks of a cluster take turns with a segment's tiles. Each has a part of dM; where a
-// segment ends it leaves that in its shared memory, goes on with the next segment's queries, and all parts are added up, in the same order by each block,
-// before the first key.
+// segment ends it copies that into the others' shared memory, goes on with the next segment's queries, and all parts are added up, in the same order by each
+// block, before the first key. 96 blocks with one computing warpgroup each are bound by its 2,500 clocks a tile of queries and 3,200 a tile of keys; so warps
+// that would be idle bring a segment's description and memory while the one before is worked on, and what a block adds up lies in its own shared memory.
 #pragma once
 
 #include "infini_hopper.cuh"
@@ -26,51 +27,21 @@ namespace gpu {
 
 namespace infini_hopper {
 
-constexpr int SEQUENCE_THREADS = 2 * THREADS;
-
-// Barriers that blocks of a cluster share: what a warp has written, or read, before is done when the phase is complete.
-__device__ inline void cluster_arrive(uint32_t barrier, int rank) {
-    HOPPER_ONLY(asm volatile("{\n"
-                             ".reg .b32 remote;\n"
-                             "mapa.shared::cluster.u32 remote, %0, %1;\n"
-                             "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote];\n"
-                             "}" ::"r"(barrier),
-                             "r"(rank)
-                             : "memory");)
-}
-__device__ inline void cluster_wait(uint32_t barrier, int parity) {
-    HOPPER_ONLY(asm volatile("{\n"
-                             ".reg .pred done;\n"
-                             "again:\n"
-                             "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
-                             "@!done bra again;\n"
-                             "}" ::"r"(barrier),
-                             "r"(parity)
-                             : "memory");)
-}
-__device__ inline float4 cluster_load(uint32_t address, int rank) {
-    float4 x = {};
-    HOPPER_ONLY(asm volatile("{\n"
-                             ".reg .b32 remote;\n"
-                             "mapa.shared::cluster.u32 remote, %4, %5;\n"
-                             "ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [remote];\n"
-                             "}"
-                             : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w)
-                             : "r"(address), "r"(rank)
-                             : "memory");)
-    return x;
-}
+constexpr int SEQUENCE_THREADS = 2 * THREADS, LOADERS = THREADS - 32;  // the latter bring memories where blocks share a sequence
 
 __device__ inline void store_pair(uint32_t address, float x, float y) {
     asm volatile("st.shared.u32 [%0], %1;" ::"r"(address), "r"(pack_bf16(x, y)) : "memory");
 }
 __device__ inline float4 sum_of(float4 a, float4 b) { return make_float4(a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w); }
 
-// Shared memory of a block that takes a sequence: a memory, dM', stages of four panels; where blocks share a sequence, this one's part of dM.
-template <int STAGES, bool CLUSTERED>
+// Shared memory of a block that takes a sequence: a memory, dM', stages of four panels. Where blocks share a sequence: also the next segment's memory, and the
+// parts of dM and dz of all of them.
+template <int STAGES, int CLUSTER>
 struct SequenceShared {
-    static constexpr int AT_PART = (2 + STAGES * 4) * PANEL, AT_NUMBERS = AT_PART + (CLUSTERED ? HS * HS * 4 : 0), NUMBERS = 3 * HS + 2 * ROWS + 4;
-    static constexpr int AT_STAGES = AT_NUMBERS + NUMBERS * 4, AT_BARRIERS = AT_STAGES + STAGES * 32, BYTES = 1024 + AT_BARRIERS + 16;
+    static constexpr int MEMORIES = CLUSTER > 1 ? 2 : 1, PART = (HS * HS + HS) * 4, AT_PARTS = (MEMORIES + 1 + STAGES * 4) * PANEL;
+    static constexpr int AT_NUMBERS = AT_PARTS + (CLUSTER > 1 ? CLUSTER * PART : 0), NUMBERS = (MEMORIES + 1) * HS + 2 * ROWS + 4;
+    static constexpr int AT_STAGES = AT_NUMBERS + NUMBERS * 4, AT_BARRIERS = AT_STAGES + STAGES * 32;
+    static constexpr int BYTES = 1024 + AT_BARRIERS + 48 + 2 * (int)sizeof(InfiniSegment);
     char* base;
     uint32_t address;
     __device__ SequenceShared() {
@@ -79,22 +50,38 @@ struct SequenceShared {
         base = infini_hopper_shared + up;
         address = at + up;
     }
-    __device__ uint32_t M() const { return address; }
-    __device__ uint32_t dM() const { return address + PANEL; }
-    __device__ uint32_t stage(int i) const { return address + (2 + i % STAGES * 4) * PANEL; }
+    __device__ uint32_t M(int i) const { return address + i % MEMORIES * PANEL; }
+    __device__ uint32_t dM() const { return address + MEMORIES * PANEL; }
+    __device__ uint32_t stage(int i) const { return address + (MEMORIES + 1 + i % STAGES * 4) * PANEL; }
     __device__ char* pointer(uint32_t panel) const { return base + (panel - address); }
-    __device__ float4* part() const { return (float4*)(base + AT_PART); }  // (8, THREADS)
-    __device__ float* z() const { return (float*)(base + AT_NUMBERS); }
-    __device__ float* dz() const { return z() + HS; }
-    __device__ float* part_z() const { return z() + 2 * HS; }
-    __device__ float* rows(int i) const { return z() + 3 * HS + i % 2 * ROWS; }
-    __device__ float* warps() const { return z() + 3 * HS + 2 * ROWS; }
+    __device__ uint32_t part_address(int r) const { return address + AT_PARTS + r * PART; }
+    __device__ float4* part(int r) const { return (float4*)(base + AT_PARTS + r * PART); }  // (8, THREADS) of dM as they stand in registers, then dz
+    __device__ float* part_z(int r) const { return (float*)part(r) + HS * HS; }
+    __device__ float* z(int i) const { return (float*)(base + AT_NUMBERS) + i % MEMORIES * HS; }
+    __device__ float* dz() const { return (float*)(base + AT_NUMBERS) + MEMORIES * HS; }
+    __device__ float* rows(int i) const { return dz() + HS + i % 2 * ROWS; }
+    __device__ float* warps() const { return dz() + HS + 2 * ROWS; }
     __device__ int4* tile(int i) const { return (int4*)(base + AT_STAGES + i % STAGES * 32); }
     __device__ uint32_t full(int i) const { return address + AT_STAGES + i % STAGES * 32 + 16; }
     __device__ uint32_t done(int i) const { return full(i) + 8; }
     __device__ uint32_t written() const { return address + AT_BARRIERS; }  // parts of dM
     __device__ uint32_t read() const { return written() + 8; }
+    __device__ uint32_t memory_full(int i) const { return written() + 16 + i % 2 * 16; }
+    __device__ InfiniSegment* segment(int i) const { return (InfiniSegment*)(base + AT_BARRIERS + 48) + i % 2; }
+    __device__ uint32_t memory_free(int i) const { return memory_full(i) + 8; }
 };
+
+// From this block's shared memory to the same place in block `rank`, and the bytes to the barrier at the same place there.
+__device__ inline void copy_to_block(uint32_t address, int bytes, uint32_t barrier, int rank) {
+    HOPPER_ONLY(asm volatile("{\n"
+                             ".reg .b32 to, remote;\n"
+                             "mapa.shared::cluster.u32 to, %0, %3;\n"
+                             "mapa.shared::cluster.u32 remote, %2, %3;\n"
+                             "cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [to], [%0], %1, [remote];\n"
+                             "}" ::"r"(address),
+                             "r"(bytes), "r"(barrier), "r"(rank)
+                             : "memory");)
+}
 
 }  // namespace infini_hopper
 
@@ -106,8 +93,9 @@ __global__ void __launch_bounds__(infini_hopper::SEQUENCE_THREADS, BLOCKS)
                             const __grid_constant__ CUtensorMap to_dqkv, InfiniPass p, const float* beta, floatX* dqkv, float* partial) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
     using namespace infini_hopper;
+    constexpr bool TURNS = CLUSTER > 1;
     constexpr int STEP = CLUSTER * ROWS;
-    const SequenceShared<STAGES, (CLUSTER > 1)> shared;
+    const SequenceShared<STAGES, CLUSTER> shared;
     const int rank = CLUSTER > 1 ? cluster_rank() : 0, h = blockIdx.x / CLUSTER % p.heads, sequence = blockIdx.x / CLUSTER / p.heads;
     const int q_column = h * HS, k_column = p.channels() + h * HS, v_column = 2 * p.channels() + h * HS;
     auto is_read = [&](const InfiniSegment& s) { return s.read != INFINI_EMPTY || p.gated_first; };  // else keep is 1, and dq is complete
@@ -115,7 +103,8 @@ __global__ void __launch_bounds__(infini_hopper::SEQUENCE_THREADS, BLOCKS)
     let_next_kernel_start();
     if (threadIdx.x == 0) {
         for (int i = 0; i < STAGES; i++) barrier_init(shared.full(i), 1), barrier_init(shared.done(i), THREADS);
-        barrier_init(shared.written(), CLUSTER * THREADS / 32);
+        barrier_init(shared.written(), 1);
+        for (int i = 0; i < 2; i++) barrier_init(shared.memory_full(i), LOADERS), barrier_init(shared.memory_free(i), THREADS);
         barrier_init(shared.read(), CLUSTER * THREADS / 32);
         barrier_init_fence();
     }
@@ -163,6 +152,24 @@ __global__ void __launch_bounds__(infini_hopper::SEQUENCE_THREADS, BLOCKS)
             }
             for (int i = max(tile - AHEAD, 0); i < tile; i++) store(i);
             bulk_store_wait();
+        } else if (TURNS && threadIdx.x >= THREADS + 32) {
+            const int begin = p.sequences[sequence].first_segment, end = p.sequences[sequence + 1].first_segment;
+            const int thread = threadIdx.x - THREADS - 32;
+            for (int i = end - 1, use = 0; i >= begin; i--, use++) {
+                const InfiniSegment s = p.segments[i];
+                const float* memory = p.memory(s, h);
+                if (use >= 2) barrier_wait(shared.memory_free(use), (use / 2 - 1) % 2);
+#pragma unroll 4
+                for (int at = thread; at < HS * HS / 2; at += LOADERS) {
+                    const float2 x = memory ? *(const float2*)(memory + HS + 2 * at) : make_float2(0, 0);
+                    const int c = at % 32 * 2;
+                    store_pair(chunk_at(shared.M(use), at / 32, c / 8) + c % 8 * 2, x.x, x.y);
+                }
+                if (thread < HS) shared.z(use)[thread] = memory ? memory[thread] : 0;
+                if (thread == 0) *shared.segment(use) = s;
+                async_fence();
+                barrier_arrive(shared.memory_full(use));
+            }
         }
         __syncwarp();
     } else {
@@ -170,8 +177,7 @@ __global__ void __launch_bounds__(infini_hopper::SEQUENCE_THREADS, BLOCKS)
         const int begin = p.sequences[sequence].first_segment, end = p.sequences[sequence + 1].first_segment;
         const float beta_h = beta[h];
         auto meet = [&] { named_barrier(1, THREADS); };  // all that compute
-        const uint32_t M = shared.M(), dM_panel = shared.dM();
-        float* z = shared.z();
+        const uint32_t dM_panel = shared.dM();
         float dM[32], dz[4], sum = 0;  // dz: the numbers row_of(i) in dz[2·i] of every fourth thread
 #pragma unroll
         for (int e = 0; e < 32; e++) dM[e] = 0;
@@ -190,41 +196,46 @@ __global__ void __launch_bounds__(infini_hopper::SEQUENCE_THREADS, BLOCKS)
             if (threadIdx.x < HS) coming_z = memory ? memory[threadIdx.x] : 0;
         };
         if (!DELTA && end > begin) fetch(p.segments[end - 1]);
-        int tile = 0, parts = 0;
-        for (int i = end - 1; i >= begin; i--) {
-            const InfiniSegment s = p.segments[i];
+        int tile = 0, parts = 0, use = 0;
+        for (int i = end - 1; i >= begin; i--, use++) {
+            if (TURNS) barrier_wait(shared.memory_full(use), use / 2 % 2);
+            const InfiniSegment s = TURNS ? *shared.segment(use) : p.segments[i];
+            const uint32_t M = shared.M(use);
+            const float* z = shared.z(use);
             const bool reads = is_read(s), writes = is_written(s);
             const float g = p.gate(s, beta_h), keep = 1 - g;
 
             // M, z; dM', dz' or this block's part of them
-            if (DELTA) fetch(s);                               // there are no registers for it before
-            meet();                                            // those of the segment behind have been used
-            const int row = threadIdx.x / 32, c = lane() * 2;  // number e is 4·e rows below
-            const uint32_t to_M[2] = {chunk_at(M, row, c / 8) + c % 8 * 2, chunk_at(M, row + 4, c / 8) + c % 8 * 2};
+            if (!TURNS) {
+                if (DELTA) fetch(s);                               // there are no registers for it before
+                meet();                                            // those of the segment behind have been used
+                const int row = threadIdx.x / 32, c = lane() * 2;  // number e is 4·e rows below
+                const uint32_t to_M[2] = {chunk_at(M, row, c / 8) + c % 8 * 2, chunk_at(M, row + 4, c / 8) + c % 8 * 2};
 #pragma unroll
-            for (int e = 0; e < 16; e++) store_pair(to_M[e % 2] + e / 2 * 1024, coming[e].x, coming[e].y);
-            if (threadIdx.x < HS) z[threadIdx.x] = coming_z;
+                for (int e = 0; e < 16; e++) store_pair(to_M[e % 2] + e / 2 * 1024, coming[e].x, coming[e].y);
+                if (threadIdx.x < HS) shared.z(use)[threadIdx.x] = coming_z;
+            }
             if (writes) {
-                if (CLUSTER > 1 && parts > 0) cluster_wait(shared.read(), (parts - 1) % 2);
-                float* to = CLUSTER > 1 ? shared.part_z() : shared.dz();
+                if (TURNS && parts > 0) barrier_wait(shared.read(), (parts - 1) % 2);
+                float* to = TURNS ? shared.part_z(rank) : shared.dz();
 #pragma unroll
                 for (int e = 0; e < 2; e++)
                     if (lane() % 4 == 0) to[row_of(e)] = dz[2 * e];
 #pragma unroll
                 for (int n = 0; n < 8; n++) {
                     float4 x = make_float4(dM[4 * n], dM[4 * n + 1], dM[4 * n + 2], dM[4 * n + 3]);
-                    if (CLUSTER > 1)
-                        shared.part()[n * THREADS + threadIdx.x] = x;
+                    if (TURNS)
+                        shared.part(rank)[n * THREADS + threadIdx.x] = x;
                     else
                         set_dM(n, x);
                 }
-                if (CLUSTER > 1) {
-                    __syncwarp();
-                    if (lane() < CLUSTER) cluster_arrive(shared.written(), lane());
-                }
             }
             async_fence();
-            meet();
+            if (!TURNS || writes) meet();
+            if (TURNS && writes && threadIdx.x == 0) {
+                barrier_arrive_expect(shared.written(), (CLUSTER - 1) * shared.PART);
+                for (int r = 1; r < CLUSTER; r++) copy_to_block(shared.part_address(rank), shared.PART, shared.written(), (rank + r) % CLUSTER);
+            }
 
             // dq, dM, dz, dβ
             for (int t = rank * ROWS; t < s.q_len && reads; t += STEP, tile++) {
@@ -327,22 +338,24 @@ __global__ void __launch_bounds__(infini_hopper::SEQUENCE_THREADS, BLOCKS)
             }
 
             // The sum of all blocks' parts
-            if (CLUSTER > 1 && writes) {
-                cluster_wait(shared.written(), parts % 2);
+            if (TURNS && writes) {
+                barrier_wait(shared.written(), parts % 2);
+                float4 x[8];
 #pragma unroll
-                for (int n = 0; n < 8; n++) {
-                    float4 x = make_float4(0, 0, 0, 0);
+                for (int n = 0; n < 8; n++) x[n] = shared.part(0)[n * THREADS + threadIdx.x];
 #pragma unroll
-                    for (int r = 0; r < CLUSTER; r++) x = sum_of(x, cluster_load(shared_address(shared.part() + n * THREADS + threadIdx.x), r));
-                    set_dM(n, x);
-                }
-                if (threadIdx.x < HS / 4) {
-                    float4 x = make_float4(0, 0, 0, 0);
-                    for (int r = 0; r < CLUSTER; r++) x = sum_of(x, cluster_load(shared_address((float4*)shared.part_z() + threadIdx.x), r));
-                    ((float4*)shared.dz())[threadIdx.x] = x;
+                for (int r = 1; r < CLUSTER; r++)
+#pragma unroll
+                    for (int n = 0; n < 8; n++) x[n] = sum_of(x[n], shared.part(r)[n * THREADS + threadIdx.x]);
+#pragma unroll
+                for (int n = 0; n < 8; n++) set_dM(n, x[n]);
+                if (threadIdx.x < HS) {
+                    float x = shared.part_z(0)[threadIdx.x];
+                    for (int r = 1; r < CLUSTER; r++) x += shared.part_z(r)[threadIdx.x];
+                    shared.dz()[threadIdx.x] = x;
                 }
                 __syncwarp();
-                if (lane() < CLUSTER) cluster_arrive(shared.read(), lane());
+                if (lane() < CLUSTER) barrier_arrive_at(shared.read(), lane());
                 parts++;
                 async_fence();
                 meet();
@@ -484,6 +497,7 @@ __global__ void __launch_bounds__(infini_hopper::SEQUENCE_THREADS, BLOCKS)
                 }
                 barrier_arrive(shared.done(tile));
             }
+            if (TURNS) barrier_arrive(shared.memory_free(use));
         }
         sum = warp_sum(sum);
         if (lane() == 0) shared.warps()[threadIdx.x / 32] = sum;
