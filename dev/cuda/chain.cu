@@ -83,7 +83,7 @@ struct Step {
         fill(shift, shift.size, 3, 0.5);
         fill(bias, bias.size, 4, 0.5);
         fill(start, start.size, 5, 1);
-        fill(rows, rows.size, 6, 1);
+        fill(rows, rows.size, 6, 2);  // some of a thousand keys count much, so that the logits show what became of them
         for (int i = 0; i < pages; i++) page_order.push_back((int)((i * 7919ll + 3) % pages));
         if (pages % 7919 == 0) data_error("choose another number of pages");
         CUDA_CHECK(cudaMemcpy(page_table, page_order.data(), pages * sizeof(int), cudaMemcpyHostToDevice));
@@ -300,7 +300,9 @@ int main(int argc, char** argv) {
                                                      {2, 96, 4, 2, 98, 77, true, 8},
                                                      {2, 320, 4, 4, 98, 777, true},
                                                      {1, 1600, 25, 25, 1000, 600, false},
-                                                     {30, 128, 2, 2, 64, 10, true}})
+                                                     {30, 128, 2, 2, 64, 10, true},
+                                                     {1, 768, 24, 24, 1000, 2000, true},  // more keys to a block than KeyPlaces holds
+                                                     {1, 256, 4, 4, 50304, 70, true}})    // sums of more than TILES tiles
         check(ladder, c);
     if (argc < 2 || strcmp(argv[argc - 1], "--check") != 0) {
         time_step(ladder, "124M", {12, 768, 12, 12, 50304, -1});

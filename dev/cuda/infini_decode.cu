@@ -295,6 +295,10 @@ int main(int argc, char** argv) {
     check(ladder, "infini:segment=1:memory-update=delta", "rope", 2, 64, {3, 0}, 5);
     check(ladder, "infini:segment=256", "rope", 12, 64, {250, 0, 700, 511, 1023}, 30);
     check(ladder, "infini:segment=2000", "rope", 12, 64, {1990}, 20);
+    // So many keys that q is turned anew (EXACT), in the kernel's other forms.
+    check(ladder, "infini:segment=600:kv-heads=2", "rope", 4, 64, {590}, 20);
+    check(ladder, "infini:segment=400:memory-update=delta", "rope", 2, 96, {380}, 30);
+    check(ladder, "infini:segment=300:kv-heads=1", "rope", 2, 128, {290}, 20);
     for (int texts : {1, 16, 256}) {
         for (int pending : {1, 128, 254, 255}) time(ladder, "linear", texts, pending);
         time(ladder, "delta", texts, 255);

@@ -12,7 +12,7 @@
 //      is read again is still in a cache.
 //   3. The row stays in registers between its uses; backward also makes the columns' sums, in registers of the thread that owns a column. Expected: above 75 %
 //      of the copy's bandwidth.
-#include "../../gpt2/cuda/lightning.cuh"
+#include "../../gpt2/cuda/lightning_gate.cuh"
 #include "ladder.h"
 
 using namespace gpu;

@@ -457,6 +457,7 @@ static void check_hopper(Ladder& ladder) {
     check_rotated(ladder, 300, 768, 64, {nullptr, nullptr, 512, 64, 0, 32});
     check_rotated(ladder, 129, 1152, 40, {nullptr, nullptr, 576, 192, 168, 8});
     check_rotated(ladder, 200, 704, 72, {nullptr, nullptr, 704, 88, 64, 24});
+    check_rotated(ladder, 1500, 720, 8, {nullptr, nullptr, 720, 80, 16, 24});  // a block of 64 columns rotates those of two heads
     for (auto [M, N, K, pad] : {std::array<int64_t, 4>{1, 8, 1, 0}, {129, 200, 40, 8}, {1000, 776, 264, 0}, {300, 72, 137, 16}, {4500, 3072, 64, 0}})
         check_hopper(ladder, M, N, K, pad);
 }

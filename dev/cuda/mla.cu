@@ -330,7 +330,8 @@ int main(int argc, char** argv) {
                      argc, argv);
     struct {
         int heads, d_nope, d_rope, d_v, d_c;
-    } shapes[] = {{3, 5, 6, 7, 9}, {2, 0, 4, 3, 1}, {4, 6, 0, 5, 17}, {4, 16, 8, 8, 24}, {5, 24, 16, 8, 264}, {1, 8, 32, 32, 40}, {12, 64, 32, 64, 256}};
+    } shapes[] = {{3, 5, 6, 7, 9},     {2, 0, 4, 3, 1},    {4, 6, 0, 5, 17},     {4, 16, 8, 8, 24},
+                  {5, 24, 16, 8, 264}, {1, 8, 32, 32, 40}, {2, 64, 64, 64, 128}, {12, 64, 32, 64, 256}};
     for (auto& s : shapes) {
         AttentionConfig a = config(s.heads, s.d_nope, s.d_rope, s.d_v, s.d_c);
         check(latent, assembly, splitting, a, {1}, 0);
