@@ -40,7 +40,7 @@ namespace softmax_bwd {
 
 constexpr int TILE2 = 64, SLAB2 = 32;
 
-struct Shared2 {
+struct alignas(16) Shared2 {
     union {
         struct {
             float own[TILE2][SLAB2 + 4], other[TILE2][SLAB2 + 4];
