@@ -28,6 +28,7 @@
 //   infini_tensor_cores.cuh   ..._kernel3: bf16 with head sizes up to 128 that are multiples of 8
 //   infini_hopper.cuh         ..._kernel4: bf16 with head size 64, on GPUs of compute capability 9.0
 //   infini_backward_hopper.cuh   ..._kernel5: the same, backward in one kernel
+//   infini_write_hopper.cuh   ..._kernel5: the same, delta's write in one kernel
 //   infini_decode.cuh         one new token a text, local attention included, in one launch
 //   here                      1. from segment to segment   2. launchers
 //
@@ -42,6 +43,7 @@
 #include "infini_backward_hopper.cuh"
 #include "infini_hopper.cuh"
 #include "infini_tensor_cores.cuh"
+#include "infini_write_hopper.cuh"
 
 namespace gpu {
 
@@ -181,26 +183,21 @@ __global__ void __launch_bounds__(256, 2) infini_map_kernel(InfiniPass p, const 
     }
 }
 
-// The same for hs = 64. Only X, the columns that go from map to map, has to wait for the map before: it stays in shared memory, and the maps to come and what
-// stands at `to` are on their way meanwhile. A block takes 16 columns; 16x8 threads, each 8 rows.
+// The same for hs = 64, backward alone (infini_write_kernel5 does without maps). Only X, the columns that go from map to map, has to wait for the map before:
+// it stays in shared memory, and the maps to come and what stands at `to` are on their way meanwhile. A block takes 16 columns; 16x8 threads, each 8 rows.
 constexpr int INFINI_MAP_STAGES = 3, INFINI_MAP_SHARED = (INFINI_MAP_STAGES * 64 * 64 + 64 * 16) * (int)sizeof(float);
-template <bool BACKWARD>
 __global__ void __launch_bounds__(128) infini_map_kernel4(InfiniPass p, const float* maps, float* memories) {
     extern __shared__ __align__(16) float infini_map_shared[];
     float* X = infini_map_shared + INFINI_MAP_STAGES * 64 * 64;  // (64, 16)
     int slice = blockIdx.x % 4, kv = blockIdx.x / 4 % p.kv_heads, s = blockIdx.x / 4 / p.kv_heads, x = threadIdx.x % 16, r0 = threadIdx.x / 16 * 8;
-    const InfiniSequence q = p.sequences[s];
-    int first = q.first_memory, last = BACKWARD ? infini_last_read(p, s) : p.sequences[s + 1].first_memory - 1, step = BACKWARD ? -1 : 1;
-    int w0 = BACKWARD ? last : q.written ? first : first + 1, maps_to_do = BACKWARD ? last - first : last - w0 + 1;
+    const int last = infini_last_read(p, s), maps_to_do = last - p.sequences[s].first_memory;
     if (maps_to_do <= 0) return;
-    const float* start = BACKWARD    ? memories + p.memory_at(last, kv)
-                         : q.written ? q.block + INFINI_MEMORY + kv * p.memory_size()
-                                     : memories + p.memory_at(first, kv);
+    const float* start = memories + p.memory_at(last, kv);
     const int64_t own_at = 64 + r0 * 64 + slice * 16 + x;  // of the first of this thread's 8 numbers in a memory
-    auto to = [&](int i) { return memories + p.memory_at(w0 + step * i - (BACKWARD ? 1 : 0), kv) + own_at; };
+    auto to = [&](int i) { return memories + p.memory_at(last - i - 1, kv) + own_at; };
     auto load = [&](int i) {
         if (i < maps_to_do) {
-            const float* map = maps + ((int64_t)(w0 + step * i) * p.kv_heads + kv) * 64 * 64;
+            const float* map = maps + ((int64_t)(last - i) * p.kv_heads + kv) * 64 * 64;
             uint32_t stage = shared_address(infini_map_shared + i % INFINI_MAP_STAGES * 64 * 64);
 #pragma unroll
             for (int e = 4 * threadIdx.x; e < 64 * 64; e += 4 * 128) copy_async16(stage + e * 4, map + e, true);
@@ -314,8 +311,8 @@ inline void infini_sum_backward(cudaStream_t stream, const InfiniPass& p, bool h
 }
 template <bool BACKWARD>
 inline void infini_apply_maps(cudaStream_t stream, const InfiniPass& p, const float* maps, float* memories) {
-    if (p.hopper) {
-        infini_launch(stream, infini_map_kernel4<BACKWARD>, dim3((unsigned)(p.num_seqs * p.kv_heads * 4)), 128, INFINI_MAP_SHARED, p, maps, memories);
+    if (BACKWARD && p.hopper) {
+        infini_launch(stream, infini_map_kernel4, dim3((unsigned)(p.num_seqs * p.kv_heads * 4)), 128, INFINI_MAP_SHARED, p, maps, memories);
         return;
     }
     infini_launch(stream, infini_map_kernel<BACKWARD>, dim3((unsigned)(p.num_seqs * p.kv_heads * ceil_div(p.hs, INFINI_MAP_COLUMNS))), 256, 0, p, maps,
@@ -349,6 +346,15 @@ inline CUtensorMap infini_rows_map(const floatX* rows, int64_t n, int64_t column
 // Of all that stand in rows as qkv's, or as A's.
 inline CUtensorMap infini_qkv_map(const InfiniPass& p, const floatX* rows) { return infini_rows_map(rows, p.num_tokens, p.qkv_stride(), p.qkv_stride()); }
 inline CUtensorMap infini_channels_map(const InfiniPass& p, const floatX* rows) { return infini_rows_map(rows, p.num_tokens, p.channels(), p.channels()); }
+
+// Delta's write in one kernel
+template <int CLUSTER, int GROUPS, int STAGES, int BLOCKS>
+inline void infini_sequence_write(cudaStream_t stream, const InfiniPass& p) {
+    launch_overlapping(stream, false, CLUSTER, infini_write_kernel5<CLUSTER, GROUPS, STAGES, BLOCKS>, (int64_t)p.num_seqs * p.kv_heads * CLUSTER,
+                       dim3(infini_hopper::THREADS, GROUPS + 1), infini_hopper::WriteShared<CLUSTER, GROUPS, STAGES>::BYTES,
+                       infini_rows_map(p.keys, p.max_key_rows(), p.row_size(), p.key_stride), p);
+    LAUNCH_CHECK();
+}
 #endif
 
 // p.memories: what each full segment leaves.
@@ -358,7 +364,15 @@ inline void infini_write(cudaStream_t stream, const InfiniPass& p, Scratch scrat
     float* maps = scratch.take<float>(infini_maps_size(p));
     bool done = false;
 #ifndef GPU_FLOAT32
+    if (p.write_blocks > 0) {
+        bool one_each = (int64_t)p.num_seqs * p.kv_heads <= device_properties().multiProcessorCount;
+        auto run = one_each ? infini_sequence_write<1, 2, 8, 1> : infini_sequence_write<1, 1, 3, 3>;
+        if (p.write_blocks > 1) run = infini_sequence_write<4, 2, 6, 1>;
+        run(stream, p);
+        return;
+    }
     if (p.hopper) {
+        assert(!p.delta);
         infini_launch(stream, infini_write_kernel4, dim3((unsigned)(ceil_div(p.max_segments, p.group) * p.kv_heads)), infini_hopper::THREADS,
                       infini_hopper::Shared<0, INFINI_WRITE_STAGES, 2>::BYTES, infini_rows_map(p.keys, p.max_key_rows(), p.row_size(), p.key_stride), p);
         done = true;

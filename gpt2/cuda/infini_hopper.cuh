@@ -157,7 +157,7 @@ constexpr int PIECE = 256;  // rows of a segment that a block takes, where it ne
 
 }  // namespace infini_hopper
 
-// What full segments add to z and M, or (linear) what they leave, counted from the group's or the sequence's first segment on. A block: a group and a kv head.
+// Linear: what full segments leave, counted from the group's or the sequence's first segment on. A block: a group and a kv head.
 // keys: k|v.
 constexpr int INFINI_WRITE_STAGES = 2;
 __global__ void __launch_bounds__(infini_hopper::THREADS, 6) infini_write_kernel4(const __grid_constant__ CUtensorMap keys, InfiniPass p) {
@@ -191,14 +191,14 @@ __global__ void __launch_bounds__(infini_hopper::THREADS, 6) infini_write_kernel
     int tile = 0;
     for (int i = begin; i < end; i++) {
         const InfiniSegment s = p.segments[i];
-        if (s.start == 0 || p.delta || i == begin) {  // a new sum
+        if (s.start == 0 || i == begin) {  // a new sum
             const InfiniSequence& sequence = p.sequences[s.seq];
             const float* from = s.start == 0 && sequence.written ? sequence.block + INFINI_MEMORY + kv * p.memory_size() : nullptr;
 #pragma unroll
             for (int n = 0; n < 8; n++)
 #pragma unroll
                 for (int h = 0; h < 2; h++) {
-                    float2 x = from && !p.delta ? *(const float2*)(from + HS + row_of(h) * HS + 8 * n + lane() % 4 * 2) : make_float2(0, 0);
+                    float2 x = from ? *(const float2*)(from + HS + row_of(h) * HS + 8 * n + lane() % 4 * 2) : make_float2(0, 0);
                     sum[4 * n + 2 * h] = x.x;
                     sum[4 * n + 2 * h + 1] = x.y;
                 }

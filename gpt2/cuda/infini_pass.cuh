@@ -49,6 +49,7 @@ struct InfiniPass {
     bool tensor_cores, hopper;                 // sizes and addresses allow these kernels
     int group;                                 // segments that one block of Hopper's kernels sums over, one behind another
     int sequence_blocks;                       // blocks that share a head of a sequence in infini_backward_kernel5; 0: it is not used
+    int write_blocks;                          // the same for infini_write_kernel5 and kv heads
     const int* cu_seqlens;                     // (num_seqs+1)
     const TokenPlace* place;                   // (N)
     const floatX* qkv;                         // (N, qkv_stride), not rotated
@@ -309,6 +310,14 @@ inline int infini_sequence_blocks(const InfiniPass& p) {
     return p.delta && sequences * SHARED >= enough && p.segment >= SHARED * ROWS ? SHARED : 0;
 }
 
+// Write in one kernel: under the delta rule always, its segments wait for one another anyway; four blocks share a sequence where there are few.
+inline int infini_write_blocks(const InfiniPass& p) {
+    constexpr int SHARED = 4, ROWS = 64;
+    if (!p.hopper || !p.delta || p.max_len == 0) return 0;
+    int64_t sequences = p.num_tokens * p.kv_heads / p.max_len;
+    return sequences >= device_properties().multiProcessorCount * 2 / 3 || p.segment < SHARED * ROWS ? 1 : SHARED;
+}
+
 // Builds the tables of a pass over qkv (N, qkv_stride) whose full segments leave their memories in `memories`, and packs its keys if p.carried.
 // The arrays are taken from `scratch` and live as long as they stay taken. Sources: lengths and places of the batch on the device.
 inline void infini_begin(cudaStream_t stream, InfiniPass& p, const int* cu_seqlens, const TokenPlace* place, const InfiniSource& source, const floatX* qkv,
@@ -336,6 +345,7 @@ inline void infini_begin(cudaStream_t stream, InfiniPass& p, const int* cu_seqle
     p.hopper = infini_takes_hopper(p);
     p.group = infini_group(p);
     p.sequence_blocks = infini_sequence_blocks(p);
+    p.write_blocks = infini_write_blocks(p);
     infini_sequences_kernel<<<1, 32, 0, stream>>>(p, source);
     LAUNCH_CHECK();
     infini_segments_kernel<<<(unsigned)ceil_div(std::max<int64_t>(p.max_segments + 1, p.num_tokens), 256), 256, 0, stream>>>(p);

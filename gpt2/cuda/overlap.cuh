@@ -35,12 +35,12 @@ inline bool overlap_code() {
 // overlap: the kernel may begin before the one in front of it has ended; it calls wait_for_kernel_before(). (Not in the float32 build, which is for proofs.)
 // cluster > 1: so many blocks a cluster; ask overlap_code() before.
 template <class... Parameters, class... Arguments>
-inline void launch_overlapping(cudaStream_t stream, bool overlap, int cluster, void (*kernel)(Parameters...), int64_t blocks, int threads, size_t shared,
+inline void launch_overlapping(cudaStream_t stream, bool overlap, int cluster, void (*kernel)(Parameters...), int64_t blocks, dim3 threads, size_t shared,
                                Arguments... arguments) {
     cudaLaunchAttribute attributes[2] = {};
     cudaLaunchConfig_t config = {};
     config.gridDim = dim3((unsigned)blocks);
-    config.blockDim = dim3((unsigned)threads);
+    config.blockDim = threads;
     config.dynamicSmemBytes = shared;
     config.stream = stream;
     config.attrs = attributes;
