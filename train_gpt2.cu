@@ -459,8 +459,9 @@ struct Gpt2 : Trainer {
             dropout_add(stream, dbranch, nullptr, dx, dropout, DROP_MLP, place, N, C);
         }
         float* dbproj = mlp_summed(l) ? nullptr : grad(l, "mlp.bproj");
-        linear_gelu_backward(stream, dfc, grad(l, "mlp.wproj"), dbproj, dbranch, act(l, "gelu"), act(l, "fc"), param(l, "mlp.wproj"), N, 4 * C, C);
-        linear_backward(stream, dln, false, grad(l, "mlp.wfc"), grad(l, "mlp.bfc"), dfc, act(l, "ln2"), param(l, "mlp.wfc"), N, C, 4 * C);
+        linear_gelu_backward(stream, dfc, grad(l, "mlp.wproj"), dbproj, dbranch, act(l, "gelu"), act(l, "fc"), param(l, "mlp.wproj"), N, 4 * C, C,
+                             grad(l, "mlp.bfc"));
+        linear_backward(stream, dln, false, grad(l, "mlp.wfc"), nullptr, dfc, act(l, "ln2"), param(l, "mlp.wfc"), N, C, 4 * C);
         layernorm_backward(stream, dx, true, grad(l, "ln2.w"), grad(l, "ln2.b"), dln, act(l, "mid"), act(l, "ln2.mean"), act(l, "ln2.rstd"), param(l, "ln2.w"),
                            N, C, attention_summed(l));
     }

@@ -1,5 +1,5 @@
 // Matrix products and the linear layer: cuBLASLt, with kernels of our own for what it refuses and, on Hopper, for what it does more slowly
-// (matmul_hopper.cuh).
+// (matmul_hopper.cuh, matmul_gelu_hopper.cuh).
 //
 //     C (M,N) = alpha·op(A) (M,K) · op(B) (K,N) + beta·C        row-major; inputs floatX, sums float32, C floatX or float32
 //
@@ -31,6 +31,7 @@
 #include "bias.cuh"
 #include "common.cuh"
 #include "gelu.cuh"
+#include "matmul_gelu_hopper.cuh"
 #include "matmul_hopper.cuh"
 #include "numbers.cuh"
 
@@ -55,6 +56,7 @@ struct MatmulEpilogue {
     const floatX* residual = nullptr;     // (M,N), may be C: C = residual + ...; beta must be 0
     floatX* gelu_input = nullptr;         // (M,N): C = GELU(y), and y is written here; beta must be 0
     const floatX* dgelu_input = nullptr;  // (M,N): C = y ⊙ GELU'(dgelu_input); beta must be 0
+    float* column_sums = nullptr;         // (N), with dgelu_input: += the sums of C's columns
 };
 struct MatmulBatch {
     int count = 1;
@@ -313,7 +315,7 @@ inline MatmulKey matmul_key(const MatmulCall<Out>& call) {
             (int64_t)sizeof(Out),
             call.beta != 0,
             cublaslt_epilogue(call),  // 0: none it has
-            e.residual != nullptr,
+            (e.residual != nullptr) + 2 * (e.column_sums != nullptr),
             matmul_alignment(call.A, {call.lda, batch.a}),
             matmul_alignment(call.B, {call.ldb, batch.b}),
             matmul_alignment(call.C, {call.ldc, batch.c}),
@@ -430,6 +432,12 @@ template <class Out>
 void matmul(cudaStream_t stream, Transpose ta, Transpose tb, int64_t M, int64_t N, int64_t K, float alpha, const floatX* A, int64_t lda, const floatX* B,
             int64_t ldb, float beta, Out* C, int64_t ldc, const MatmulEpilogue& epilogue = {}, const MatmulBatch& batch = {});
 
+// The sums of C's columns, in a pass of their own.
+template <class Out>
+inline void matmul_column_sums(cudaStream_t stream, const MatmulCall<Out>& c) {
+    if constexpr (std::is_same_v<Out, floatX>)
+        if (c.epilogue.column_sums) bias_backward(stream, c.epilogue.column_sums, c.C, c.M, c.N, c.ldc);
+}
 // The product, then its epilogue.
 template <class Out>
 inline void matmul_separate(cudaStream_t stream, const MatmulCall<Out>& c) {
@@ -455,14 +463,23 @@ inline float matmul_milliseconds(cudaStream_t stream, Run run) {
     return ms;
 }
 
-// Our own kernel for Hopper, where it can do the call: false, and nothing has been done, where it can't. All but alpha is in the key.
+// Our own kernels for Hopper, where they can do the call: false, and nothing has been done, where it can't. All but alpha is in the key.
 template <class Out>
 inline bool matmul_hopper(cudaStream_t stream, const MatmulCall<Out>& c) {
 #ifndef GPU_FLOAT32
     if constexpr (std::is_same_v<Out, floatX>) {
         const MatmulEpilogue& e = c.epilogue;
-        if (c.ta != NO || c.tb != YES || c.alpha != 1 || c.beta != 0 || c.batch.count > 1) return false;
-        if (e.residual || e.gelu_input || e.dgelu_input) return false;
+        if (c.ta != NO || c.alpha != 1 || c.beta != 0 || c.batch.count > 1) return false;
+        if (e.dgelu_input) {
+            HopperGelu m = {c.M, c.N, c.K, c.A, c.lda, c.B, c.ldb, c.ldc, nullptr, (floatX*)e.dgelu_input, c.C, e.column_sums, true};
+            return c.tb == NO && !e.bias && !e.residual && hopper_gelu_takes(m) && (hopper_gelu(stream, m), true);
+        }
+        if (c.tb != YES) return false;
+        if (e.residual) return false;
+        if (e.gelu_input) {
+            HopperGelu m = {c.M, c.N, c.K, c.A, c.lda, c.B, c.ldb, c.ldc, e.bias, e.gelu_input, c.C, nullptr, false};
+            return hopper_gelu_takes(m) && (hopper_gelu(stream, m), true);
+        }
         HopperMatmul m = {c.M, c.N, c.K, c.A, c.lda, c.B, c.ldb, c.C, c.ldc, e.bias};
         if (!hopper_matmul_takes(m)) return false;
         hopper_matmul(stream, m);
@@ -472,9 +489,10 @@ inline bool matmul_hopper(cudaStream_t stream, const MatmulCall<Out>& c) {
     (void)stream, (void)c;
     return false;
 }
-// Where it was faster than cuBLASLt's first choice: a short sum, wide rows, tiles of 128 x 192 enough to go round.
+// Where they were faster than cuBLASLt's first choice: a short sum, wide rows, tiles of 128 x 192 enough to go round; with GELU' if columns are summed too.
 template <class Out>
 inline bool matmul_hopper_first(const MatmulCall<Out>& c) {
+    if (c.epilogue.dgelu_input && !c.epilogue.column_sums) return false;
     return c.K <= 1024 && c.N >= 2 * c.K && ceil_div(c.M, 128) * ceil_div(c.N, 192) >= 4 * device_properties().multiProcessorCount;
 }
 
@@ -492,16 +510,21 @@ inline bool matmul_tune(cudaStream_t stream, const MatmulCall<Out>& call, Matmul
         }
         CUDA_CHECK(cudaMemsetAsync(timed.C, 0, c_size * sizeof(Out), stream));
     }
+    if (call.epilogue.column_sums) timed.epilogue.column_sums = (float*)((char*)workspace() + WORKSPACE_BYTES) - call.N;  // of no use to anybody
     float best = INFINITY;
     for (const cublasLtMatmulAlgo_t& algorithm : list) {
-        float ms = matmul_milliseconds(stream, [&] { return launch_cublaslt(stream, timed, plan, algorithm) == CUBLAS_STATUS_SUCCESS; });
+        float ms = matmul_milliseconds(stream, [&] {
+            bool ran = launch_cublaslt(stream, timed, plan, algorithm) == CUBLAS_STATUS_SUCCESS;
+            if (ran) matmul_column_sums(stream, timed);
+            return ran;
+        });
         if (!(ms < best)) continue;
         best = ms;
         plan.how = MatmulPlan::CUBLASLT;
         plan.algorithm = algorithm;
     }
     if (call.has_epilogue()) {
-        float ms = matmul_milliseconds(stream, [&] { return matmul_separate(stream, timed), true; });
+        float ms = matmul_milliseconds(stream, [&] { return matmul_separate(stream, timed), matmul_column_sums(stream, timed), true; });
         if (ms < best) plan.how = MatmulPlan::SEPARATE, best = ms;
     }
     if (matmul_milliseconds(stream, [&] { return matmul_hopper(stream, timed); }) < best) plan.how = MatmulPlan::HOPPER;
@@ -529,6 +552,7 @@ inline bool matmul_decide(cudaStream_t stream, const MatmulCall<Out>& call, cons
             if (launch_cublaslt(stream, call, plan, algorithm) != CUBLAS_STATUS_SUCCESS) continue;
             plan.how = MatmulPlan::CUBLASLT;
             plan.algorithm = algorithm;
+            matmul_column_sums(stream, call);
             return true;
         }
     }
@@ -550,8 +574,10 @@ void matmul(cudaStream_t stream, Transpose ta, Transpose tb, int64_t M, int64_t 
     assert(beta == 0 || !(e.residual || e.gelu_input || e.dgelu_input));
     assert(!(e.gelu_input && e.dgelu_input) && (const void*)e.gelu_input != C && (const void*)e.dgelu_input != C);
     assert((const void*)e.residual != C || !(e.gelu_input || e.dgelu_input));
+    assert(!e.column_sums || (e.dgelu_input && batch.count == 1));
     if (K == 0) {  // C = beta·C, and the epilogue
         matmul_own(stream, call);
+        matmul_column_sums(stream, call);
         return;
     }
     if ((const void*)e.residual == C) {
@@ -576,11 +602,13 @@ void matmul(cudaStream_t stream, Transpose ta, Transpose tb, int64_t M, int64_t 
             matmul_separate(stream, call);
             break;
         case MatmulPlan::HOPPER:
-            if (!matmul_hopper(stream, call)) matmul_own(stream, call);  // another alpha
+            if (matmul_hopper(stream, call)) return;
+            matmul_own(stream, call);  // another alpha
             break;
         default:
             matmul_own(stream, call);
     }
+    matmul_column_sums(stream, call);
 }
 
 // out (N,OC) = x·Wᵀ + b (+ residual); x (N,C), W (OC,C), b (OC) or null, residual (N,OC) or null, which may be out.
@@ -635,11 +663,12 @@ inline void linear_backward(cudaStream_t stream, floatX* dx, bool accumulate_dx,
 }
 
 // The backward pass of y = GELU(fc)·Wᵀ + b with respect to fc: dfc (N,C) = (dout·W) ⊙ GELU'(fc);  dW (OC,C) += doutᵀ·gelu;  db (OC) += Σ_n dout or null.
-// dout (N,OC); gelu, fc (N,C) of the forward pass.
+// dbfc (C) += Σ_n dfc, the bias gradient of the layer before, or null. dout (N,OC); gelu, fc (N,C) of the forward pass.
 inline void linear_gelu_backward(cudaStream_t stream, floatX* dfc, float* dw, float* db, const floatX* dout, const floatX* gelu, const floatX* fc,
-                                 const floatX* w, int64_t N, int64_t C, int64_t OC) {
+                                 const floatX* w, int64_t N, int64_t C, int64_t OC, float* dbfc = nullptr) {
     MatmulEpilogue epilogue;
     epilogue.dgelu_input = fc;
+    epilogue.column_sums = dbfc;
     matmul<floatX>(stream, NO, NO, N, C, OC, 1, dout, OC, w, C, 0, dfc, C, epilogue);
     weight_backward(stream, dw, db, dout, gelu, N, C, OC, OC);
 }
