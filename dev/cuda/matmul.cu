@@ -25,8 +25,8 @@
 //      beside the products pays)
 //   8  what the trainer calls (matmul.cuh): cuBLASLt's first choice with the bias in its epilogue, or 7 where a rule says that it is faster
 //   9  the same with --tune: the fastest, by timing, of 7 and cuBLASLt's 16 candidates; the trainer keeps these plans with the run
-//  10  the MLP's products with GELU and its derivative (matmul_gelu_hopper.cuh): 7 whose epilogue takes a panel of 64 columns at a time, so that it waits once a
-//      panel. Expected: 430 µs at 65536 x 768 x 3072, the sums of columns included, where cuBLASLt takes 550 to 600 and 140 for the sums
+//  10  the MLP's products with GELU and its derivative (matmul_gelu_hopper.cuh): 7 whose epilogue takes a panel of 64 columns at a time, so that it waits
+//      once a panel. Expected: 430 µs at 65536 x 768 x 3072, the sums of columns included, where cuBLASLt takes 550 to 600 and 140 for the sums
 //
 // 3 to 7 are for bf16 and want rows of whole 16 bytes: K a multiple of 8. The checks of 8 and 9 also go through everything else that matmul.cuh does.
 #define GPT2_NO_MAIN
@@ -474,7 +474,8 @@ static void check_gelu(Ladder& ladder, int64_t M, int64_t N, int64_t K, int64_t 
     HopperGelu backward = {M, N, K, a, lda, v, ldc, ldc, nullptr, x_in, out, sums, true};
     auto run_if_taken = [&](int version, const HopperGelu& m) { return version == WITH_GELU && hopper_gelu_takes(m) && (hopper_gelu(ladder.stream, m), true); };
     std::string shape = format("M=%ld N=%ld K=%ld + %ld", (long)M, (long)N, (long)K, (long)pad);
-    ladder.check(shape + " GELU", {accumulated("x", x_out, before, x), accumulated("y", out, before, Y)}, [&](int version) { return run_if_taken(version, forward); });
+    ladder.check(shape + " GELU", {accumulated("x", x_out, before, x), accumulated("y", out, before, Y)},
+                 [&](int version) { return run_if_taken(version, forward); });
     ladder.check(shape + " GELU'", {accumulated("dx", out, before, dX), accumulated("db", sums, db0, db)},
                  [&](int version) { return run_if_taken(version, backward); });
 }
@@ -671,8 +672,8 @@ static void time_shapes(Ladder& ladder, int library) {
 int main(int argc, char** argv) {
     Ladder ladder("matmul",
                   {"a thread an element", "128x128 tiles in shared memory", "tensor cores: mma.sync, ldmatrix", "cp.async, three stages, swizzle", "wgmma",
-                   "copy engine, groups in turns", "clusters (in use)", "cuBLASLt, or 7 by a rule (in use)", "cuBLASLt or 7, the faster by timing (in use with --tune)",
-                   "with GELU in panels (in use)"},
+                   "copy engine, groups in turns", "clusters (in use)", "cuBLASLt, or 7 by a rule (in use)",
+                   "cuBLASLt or 7, the faster by timing (in use with --tune)", "with GELU in panels (in use)"},
                   argc, argv);
     bool timing = argc < 2 || strcmp(argv[argc - 1], "--check") != 0;
     check_hopper(ladder);

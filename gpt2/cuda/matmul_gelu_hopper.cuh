@@ -28,10 +28,10 @@ struct HopperGelu {
     int64_t lda;
     const floatX* B;  // (N,K); backward (K,N)
     int64_t ldb;
-    int64_t ldc;  // of X and out
-    const floatX* bias;  // (N), forward, or null
-    floatX* X;  // (M,N): written forward, read backward
-    floatX* out;  // Y or C
+    int64_t ldc;            // of X and out
+    const floatX* bias;     // (N), forward, or null
+    floatX* X;              // (M,N): written forward, read backward
+    floatX* out;            // Y or C
     float* sums = nullptr;  // (N), backward, or null
     bool backward;
 };
@@ -89,12 +89,13 @@ __device__ __forceinline__ uint4 gelu_gradient8(uint4 y, uint4 x, float (&sum)[8
 // Here, and not where it is first used; without a branch.
 __device__ __forceinline__ uint4 load_if(bool inside, const floatX* p) {
     uint4 x;
-    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %5, 0;\n"
-                 "mov.b32 %0, 0;\nmov.b32 %1, 0;\nmov.b32 %2, 0;\nmov.b32 %3, 0;\n"
-                 "@p ld.global.v4.b32 {%0,%1,%2,%3}, [%4];\n}"
-                 : "=&r"(x.x), "=&r"(x.y), "=&r"(x.z), "=&r"(x.w)
-                 : "l"(p), "r"((int)inside)
-                 : "memory");
+    asm volatile(
+        "{\n.reg .pred p;\nsetp.ne.b32 p, %5, 0;\n"
+        "mov.b32 %0, 0;\nmov.b32 %1, 0;\nmov.b32 %2, 0;\nmov.b32 %3, 0;\n"
+        "@p ld.global.v4.b32 {%0,%1,%2,%3}, [%4];\n}"
+        : "=&r"(x.x), "=&r"(x.y), "=&r"(x.z), "=&r"(x.w)
+        : "l"(p), "r"((int)inside)
+        : "memory");
     return x;
 }
 __device__ __forceinline__ void store_if(bool inside, floatX* p, uint4 x) {
@@ -107,9 +108,8 @@ __device__ __forceinline__ void bulk_prefetch(const CUtensorMap* map, int c0, in
 }
 
 template <bool BACKWARD, int CLUSTER>
-__global__ void __launch_bounds__(384, 1)
-    matmul_kernel10(const __grid_constant__ CUtensorMap a_map, const __grid_constant__ CUtensorMap b_map, const __grid_constant__ CUtensorMap x_map,
-                    HopperShape shape, GeluOutput output) {
+__global__ void __launch_bounds__(384, 1) matmul_kernel10(const __grid_constant__ CUtensorMap a_map, const __grid_constant__ CUtensorMap b_map,
+                                                          const __grid_constant__ CUtensorMap x_map, HopperShape shape, GeluOutput output) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
     using Tile = GeluTile<BACKWARD>;
     constexpr int BN = Tile::BN, STAGES = Tile::STAGES, PANELS = Tile::PANELS;
@@ -204,8 +204,7 @@ __global__ void __launch_bounds__(384, 1)
                 for (int p = 0; p < HOPPER_BK / 16; p++) {
                     uint64_t operand_b = BACKWARD ? panel_operand_transposed(b, PANEL_BYTES) + p * 128 : panel_operand(b) + p * 2;
 #pragma unroll
-                    for (int m = 0; m < 2; m++)
-                        product<0, BACKWARD>(sum[m], panel_operand(a + m * PANEL_BYTES) + p * 2, operand_b, true);
+                    for (int m = 0; m < 2; m++) product<0, BACKWARD>(sum[m], panel_operand(a + m * PANEL_BYTES) + p * 2, operand_b, true);
                 }
                 products_commit();
                 if (step > 0) {
@@ -225,7 +224,9 @@ __global__ void __launch_bounds__(384, 1)
             // for is waited for once a panel. Nobody but this warp touches these rows.
             int i0 = tile_row * HOPPER_BM + warp * 16 + lane / 8, j = j0 + chunk * 8;
             int64_t start = (int64_t)i0 * output.ld + j;
-            auto anew = [&] { asm volatile("" : "+l"(start), "+r"(i0), "+r"(j)); };  // no address is kept from one panel to the next: the sums need the registers
+            auto anew = [&] {  // no address is kept from one panel to the next: the sums need the registers
+                asm volatile("" : "+l"(start), "+r"(i0), "+r"(j));
+            };
             auto at = [&](int p, int i) { return start + p * 64 + (i / 4 * 64 + i % 4 * 4) * output.ld; };
             auto inside = [&](int p, int i) { return j + p * 64 < shape.N && i0 + i / 4 * 64 + i % 4 * 4 < shape.M; };
             auto put = [&](int p) {
@@ -273,8 +274,7 @@ __global__ void __launch_bounds__(384, 1)
                     if (p + 1 < PANELS) fetch(p + 1);
                 } else {
 #pragma unroll
-                    for (int i = 0; i < 8; i++)
-                        store_if(inside(p, i), output.x + at(p, i), y[i]);
+                    for (int i = 0; i < 8; i++) store_if(inside(p, i), output.x + at(p, i), y[i]);
 #pragma unroll
                     for (int i = 0; i < 8; i++) {
                         y[i] = gelu8(y[i]);
@@ -300,8 +300,7 @@ __global__ void __launch_bounds__(384, 1)
                 named_barrier(3 + group, 128);
                 sums -= warp * 512;
                 for (int k = thread; k < BN; k += 128)
-                    if (j0 + k < shape.N)
-                        output.partial[(int64_t)tile_row * shape.N + j0 + k] = (sums[k] + sums[512 + k]) + (sums[1024 + k] + sums[1536 + k]);
+                    if (j0 + k < shape.N) output.partial[(int64_t)tile_row * shape.N + j0 + k] = (sums[k] + sums[512 + k]) + (sums[1024 + k] + sums[1536 + k]);
                 named_barrier(3 + group, 128);
             }
         }

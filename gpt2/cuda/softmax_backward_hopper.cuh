@@ -56,7 +56,8 @@ struct Shape7 {
     static constexpr int BYTES = 1024 + BARRIERS + 16 * (STAGES + BUFFERS);
     static_assert(BYTES <= 227 << 10 && DQK % 32 == 0 && DV % 32 == 0, "");
     static_assert(STAGE >= OWN_V, "o, too, comes through the ring");
-    static_assert(!KEYS || STAGES >= 3, "a warpgroup holds a tile and may pass over one before it finds the next: with fewer stages the ring would stand still");
+    static_assert(!KEYS || STAGES >= 3,
+                  "a warpgroup holds a tile and may pass over one before it finds the next: with fewer stages the ring would stand still");
 };
 
 __device__ inline float load_shared(uint32_t address) {
