@@ -251,6 +251,20 @@ __global__ void __launch_bounds__(infini_hopper::THREADS*(GROUPS + 1), BLOCKS) i
                 *(float2*)(to + HS + row_of(0) * HS + 8 * n + lane() % 4 * 2) = make_float2(x.x, x.y);
                 *(float2*)(to + HS + row_of(1) * HS + 8 * n + lane() % 4 * 2) = make_float2(x.z, x.w);
             };
+            auto spread = [&](auto send) {  // parts to the units that add them up
+#pragma unroll
+                for (int u = 0; u < UNITS; u++) {
+#pragma unroll
+                    for (int e = 0; e < OWN; e++) {
+                        const int n = u * OWN + e;
+                        float4 x = make_float4(dM[4 * n], dM[4 * n + 1], dM[4 * n + 2], dM[4 * n + 3]);
+                        if (u == unit)
+                            own[4 * e] += x.x, own[4 * e + 1] += x.y, own[4 * e + 2] += x.z, own[4 * e + 3] += x.w;
+                        else
+                            send(u, shared.part(u % GROUPS, unit - (unit > u)) + e * THREADS * 16, bits_of(x));
+                    }
+                }
+            };
             if constexpr (UNITS == 1) {
                 if (more) {
 #pragma unroll
@@ -265,19 +279,7 @@ __global__ void __launch_bounds__(infini_hopper::THREADS*(GROUPS + 1), BLOCKS) i
 #pragma unroll
                 for (int n = 0; n < 8; n++) keep(n, make_float4(dM[4 * n], dM[4 * n + 1], dM[4 * n + 2], dM[4 * n + 3]));
             } else if constexpr (CLUSTER > 1) {
-                // Parts to the units that add them up
-#pragma unroll
-                for (int u = 0; u < UNITS; u++) {
-#pragma unroll
-                    for (int e = 0; e < OWN; e++) {
-                        const int n = u * OWN + e;
-                        float4 x = make_float4(dM[4 * n], dM[4 * n + 1], dM[4 * n + 2], dM[4 * n + 3]);
-                        if (u == unit)
-                            own[4 * e] += x.x, own[4 * e + 1] += x.y, own[4 * e + 2] += x.z, own[4 * e + 3] += x.w;
-                        else
-                            cluster_store_async(shared.part(u % GROUPS, unit - (unit > u)) + e * THREADS * 16, shared.parts(), u / GROUPS, bits_of(x));
-                    }
-                }
+                spread([&](int u, uint32_t part, uint4 x) { cluster_store_async(part, shared.parts(), u / GROUPS, x); });
 #pragma unroll
                 for (int i = 0; i < 2; i++) {  // lane j of four to block j
                     float x = __shfl_sync(0xffffffff, dz[2 * i], lane() & ~3);
@@ -324,18 +326,7 @@ __global__ void __launch_bounds__(infini_hopper::THREADS*(GROUPS + 1), BLOCKS) i
                 if (more) cluster_wait(shared.memory(), segment % 2);
                 async_fence();
             } else {
-#pragma unroll
-                for (int u = 0; u < UNITS; u++) {
-#pragma unroll
-                    for (int e = 0; e < OWN; e++) {
-                        const int n = u * OWN + e;
-                        float4 x = make_float4(dM[4 * n], dM[4 * n + 1], dM[4 * n + 2], dM[4 * n + 3]);
-                        if (u == unit)
-                            own[4 * e] += x.x, own[4 * e + 1] += x.y, own[4 * e + 2] += x.z, own[4 * e + 3] += x.w;
-                        else
-                            store_shared(shared.part(u, unit - (unit > u)) + e * THREADS * 16, bits_of(x));
-                    }
-                }
+                spread([&](int u, uint32_t part, uint4 x) { store_shared(part, x); });
                 if (lane() % 4 == 0) {
 #pragma unroll
                     for (int i = 0; i < 2; i++) shared.z_part(unit)[row_of(i)] = dz[2 * i];
