@@ -16,7 +16,6 @@ RUN_ARGS  ?=
 ifeq ($(origin CXX),default)
 CXX       := g++
 endif
-CBLAS     ?= openblas
 ARCH      ?= native
 export CXX CBLAS
 
@@ -26,8 +25,8 @@ FAST     := -O3 -march=$(ARCH) -ffast-math -fno-finite-math-only
 ifneq ($(filter x86_64 amd64,$(shell uname -m)),)
 FAST     += -mprefer-vector-width=512  # the compiler's own default keeps to half of AVX-512's width
 endif
-BASE      = -std=c++17 -fopenmp $(WARNINGS) -I. -MMD -MP $(shell dev/blas.sh cflags; pkg-config --cflags libpcre2-8)
-LIBS      = $(shell dev/blas.sh libs)
+BASE      = -std=c++17 -fopenmp $(WARNINGS) -I. -MMD -MP $(shell CBLAS='$(CBLAS)' dev/blas.sh cflags; pkg-config --cflags libpcre2-8)
+LIBS      = $(shell CBLAS='$(CBLAS)' dev/blas.sh libs)
 PCRE2     = $(shell pkg-config --libs libpcre2-8)
 ASAN     := -O1 -g -march=$(ARCH) -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -DARENA_DEBUG
 B        := build
@@ -120,9 +119,9 @@ clean:  ## remove what was built; runs and corpora stay
 # ---- programs ------------------------------------------------------------------------------------------------------------------------------------
 # The program around the trainers (options, training loop, files) does not compute: compiled apart, without -O3, it builds beside the trainer.
 
-train_gpt2: $(B)/train_gpt2.o $(B)/program.o
+train_gpt2: $(B)/train_gpt2.o $(B)/program.o  ## the trainer
 	$(CXX) -fopenmp $^ -o $@ $(LIBS) $(PCRE2)
-test_gpt2: $(B)/test_gpt2.o
+test_gpt2: $(B)/test_gpt2.o  ## the trainer against the reference outputs
 	$(CXX) -fopenmp $^ -o $@ $(LIBS) $(PCRE2)
 $(B)/%: $(B)/%.o
 	$(CXX) -fopenmp $^ -o $@ $(LIBS) $(PCRE2)

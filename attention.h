@@ -10,7 +10,8 @@
 //
 // A layer is everything between the first LayerNorm's output x (N,C) and the residual stream: out = residual + attention(x). N tokens stand packed, one
 // sequence behind another (cu_seqlens); a dense batch of B rows is the case of B equal sequences.
-// Symbols: N tokens, C channels, NH query heads, KV key/value heads, hs = C/NH head size, L layers. `d` before a name is the loss's gradient.
+// Symbols: N tokens, C channels, NH query heads, KV key/value heads, h a head, hs = C/NH head size, L layers of the network, l a layer (h, l from 0). `d` before
+// a name is the loss's gradient.
 //
 // To add a fifth attention: a section of its own below and its two lines in the registry; its reference in dev/reference; its options in the variants of
 // dev/test/layer_tests.cpp. Nothing else asks which layers there are.
@@ -676,7 +677,8 @@ inline Attention causal_attention() { return {"causal", causal_saved, causal_scr
 // Wqkv as in causal; M (hs,hs) and z (hs) per kv head, β (NH) per query head; M starts at 0, z at 1 or 0 (memory-init). ε = 1e-6: Φ can underflow.
 // An unfinished segment is pending: the next tokens of the sequence continue it (its positions, its local keys, what it will write).
 // Saves qkv (before the rotation), D and lse, N·(2C + 2·KV·hs + NH) numbers as causal does, and the memory after every full segment, (N/S)·KV·hs·(hs+1).
-// R and A are computed again: a read is hs/(2·C) of a projection's work. Forward costs 4·C·(S+1)/2 + 2·hs·(NH+KV)·hs FLOPs a token whatever T is.
+// R and A are computed again: a read is hs/C of the output projection's work. Beside the projections forward costs 4·C·(S+1)/2 + 2·hs·(NH+KV)·hs FLOPs a
+// token whatever T is.
 // State, constant: how many tokens are pending, whether anything was written, z and M, the pending tokens' k (before the rotation) and v.
 
 constexpr int MAX_SEGMENT = 1 << 20;

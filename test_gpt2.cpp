@@ -35,16 +35,20 @@ struct Check {
     int passed = 0, failed = 0;
     bool bf16 = false;
     json bf16_distance;  // of a case: how far rounding to bf16 takes PyTorch's run from the reference, by tensor (dev/reference)
+    std::string in;      // the case
+    std::vector<std::string> failures;
 
-    void row(const std::string& name, const char* figures, bool ok) {
-        printf("  %-34s %s  %s\n", name.c_str(), figures, ok ? "ok" : "FAIL");
+    void row(const std::string& name, const char* figures, bool ok, const std::string& limit = "") {
+        printf("  %-34s %s  %s%s\n", name.c_str(), figures, ok ? "ok" : "FAIL", ok ? "" : limit.c_str());
+        if (!ok) failures.push_back(in + ": " + name);
         ok ? passed++ : failed++;
     }
     // |out − ref| <= tolerance, in bf16 1 % of ref (3 % for the worst of ten steps, whose differences add up); a NaN fails every comparison below, because each
     // asks for what must hold.
     void loss(const std::string& name, double out, double ref, double tolerance) {
         if (bf16) tolerance = (tolerance > 5e-5 ? 3e-2 : 1e-2) * std::fabs(ref);
-        row(name, format("%-12.7f ref %-12.7f  |Δ| %.1e", out, ref, std::fabs(out - ref)).c_str(), std::fabs(out - ref) <= tolerance);
+        row(name, format("%-12.7f ref %-12.7f  |Δ| %.1e", out, ref, std::fabs(out - ref)).c_str(), std::fabs(out - ref) <= tolerance,
+            format(", at most %.1e", tolerance));
     }
     // float32: ‖out − ref‖ <= 1e-4·‖ref‖ + 1e-6·`all`, and cosine >= 1 − 1e-6 where ‖ref‖ > `all`/1000. `all`: the norm of all gradients together; 0 for none.
     // bf16: ‖out − ref‖ <= r·‖ref‖ + 1e-4·`all`, r the larger of 2e-2 and 1.2 times PyTorch's distance in bf16 (`stored`: the tensor's name in the file).
@@ -62,10 +66,11 @@ struct Check {
         other = std::sqrt(other);
         bool significant = norm > all / 1000 && norm > 0;
         double cosine = significant ? product / (norm * other) : 1;
-        bool close = difference <= 1e-4 * norm + 1e-6 * all && cosine >= 1 - 1e-6;
-        if (bf16) close = difference <= std::max(2e-2, 1.2 * bf16_distance.value(stored, 0.0)) * norm + 1e-4 * all;
+        double limit = 1e-4 * norm + 1e-6 * all;
+        if (bf16) limit = std::max(2e-2, 1.2 * bf16_distance.value(stored, 0.0)) * norm + 1e-4 * all;
+        bool close = difference <= limit && (bf16 || cosine >= 1 - 1e-6);
         row(name, format("‖ref‖ %-9.3g ‖Δ‖/‖ref‖ %-8.1e cosine 1-%-7.1e", norm, norm > 0 ? difference / norm : difference, 1 - cosine).c_str(),
-            close && out.size() == ref.size());
+            close && out.size() == ref.size(), format(", at most %.1e%s", norm > 0 ? limit / norm : limit, bf16 ? "" : " and 1-1.0e-06"));
     }
 };
 
@@ -239,6 +244,10 @@ int main(int argc, char** argv) {
         closedir(d);
     }
     std::sort(names.begin(), names.end());
+    if (argc > 1 && argv[1][0] == '-' && std::string(argv[1]) != "--list") {
+        fprintf(stderr, "usage: %s [--list] [NAME...]: the cases whose name contains one of NAME, or all\n", argv[0]);
+        return EXIT_USAGE;
+    }
     if (names.empty()) {
         fprintf(stderr, "no reference outputs in %s: run this in the repository's root\n", directory.c_str());
         return EXIT_DATA;
@@ -254,6 +263,7 @@ int main(int argc, char** argv) {
         }
         if (!wanted) continue;
         cases++;
+        check.in = name;
         for (const std::string& dtype : dtypes) try {
                 test_case(directory + "/" + name + ".safetensors", name, dtype, check);
             } catch (const std::exception& e) {
@@ -270,6 +280,11 @@ int main(int argc, char** argv) {
 #else
     const char* numbers = sizeof(real) == 8 ? "float64" : "float32";
 #endif
+    check.in = "references";
+    for (const AttentionDescription& d : attention_descriptions())
+        if (argc < 2 && std::none_of(names.begin(), names.end(), [&](const std::string& name) { return name.rfind(std::string(d.name) + "_", 0) == 0; }))
+            check.row(d.name, format("no case in %s: python3 dev/reference/make_references.py writes them", directory.c_str()).c_str(), false);
+    for (const std::string& failure : check.failures) printf("failed: %s\n", failure.c_str());
     printf("%d cases, %s\n%d passed, %d failed\n", cases, numbers, check.passed, check.failed);
     return check.failed ? 1 : 0;
 }

@@ -135,6 +135,7 @@ inline std::string newest_checkpoint(const std::string& run) {
 // What --checkpoint names: a run's directory or one step's.
 inline std::string find_checkpoint(const std::string& path) {
     if (exists(path + "/state.json")) return path;
+    if (!exists(path)) file_error("open", path, errno);
     std::string newest = newest_checkpoint(path);
     if (newest.empty()) data_error("'%s' holds no complete checkpoint: name the directory of a run, or one of its step_... directories", path.c_str());
     return newest;

@@ -32,7 +32,11 @@ inline bool parse_arguments(CLI::App& app, int argc, char** argv, const char* co
         }
         std::string line = e.what();
         std::replace(line.begin(), line.end(), '\n', ' ');
-        usage_error("%s; %s --help lists what there is", line.c_str(), app.get_name().c_str());
+        bool no_value = e.get_name() == "ArgumentMismatch" && line.find(" missing") != std::string::npos;
+        if (no_value) line = line.substr(0, line.find(':')) + " needs a value";
+        std::string name = app.get_name();
+        for (const CLI::App* command : app.get_subcommands()) name += " " + command->get_name();
+        usage_error("%s; %s --help lists what there is", line.c_str(), name.c_str());
     }
     refuse_extras(app, app.get_name(), commands);
     if (app.get_subcommands().empty()) usage_error("no command: give %s; %s COMMAND --help lists its options", commands, app.get_name().c_str());

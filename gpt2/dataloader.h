@@ -131,6 +131,9 @@ inline Dataset open_dataset(const std::string& pattern, const Tokenizer& tokeniz
                 data_error("'%s' is neither a text nor a token shard: name another file", name.c_str());
             return text_dataset(name, {(const char*)file->data, file->size}, tokenizer);
         }
+        if (!is_shard(file->data, file->size))
+            data_error("'%s' is no token shard, as all files that match '%s' must be: name a text by itself, or make shards of texts by ./tokenize encode",
+                       name.c_str(), pattern.c_str());
         d.add(open_shard(file));
     }
     return d;

@@ -453,6 +453,6 @@ inline int train(const Options& typed) {
 
     if (run.state.step < o.steps) printf("stopped by a signal behind step %lld\n", (long long)run.state.step);
     if (run.saved_step >= 0) printf("checkpoint: %s\n", step_directory(o.out, run.saved_step).c_str());
-    if (run.state.step < o.steps && run.saved_step >= 0) printf("continue with: train --out %s --resume\n", o.out.c_str());
+    if (run.state.step < o.steps && run.saved_step >= 0) printf("continue with: %s train --out %s --resume\n", executable_name(), o.out.c_str());
     return 0;
 }

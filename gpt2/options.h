@@ -372,7 +372,10 @@ inline void declare_options(CLI::App& app, Command command, std::map<std::string
         if (std::holds_alternative<bool Options::*>(s.field)) {
             option = app.add_flag(name, flags[s.name], help);
         } else {
-            option = app.add_option(name, texts[s.name], help + default_text(initial_text(s)));
+            help += default_text(initial_text(s));
+            if (name == "--attention")
+                for (const AttentionDescription& d : attention_descriptions()) help += format("\n  %s: %s", d.name, d.help);
+            option = app.add_option(name, texts[s.name], help);
             option->type_name(std::holds_alternative<std::string Options::*>(s.field) ? "TEXT"
                               : std::holds_alternative<double Options::*>(s.field)    ? "NUMBER"
                                                                                       : "N");

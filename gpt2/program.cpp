@@ -99,12 +99,12 @@ static std::vector<std::string> read_lines(const std::string& path) {
     std::ifstream file;
     if (path != "-") {
         file.open(path);
-        if (!file) data_error("cannot read '%s': %s", path.c_str(), strerror(errno));
+        if (!file) file_error("read", path, errno);
     }
     std::istream& in = path == "-" ? std::cin : file;
     std::vector<std::string> lines;
     for (std::string line; std::getline(in, line);) lines.push_back(line);
-    if (in.bad()) data_error("cannot read '%s': %s", path.c_str(), strerror(errno));
+    if (in.bad()) file_error("read", path, errno);
     if (lines.empty()) data_error("there is no prompt in '%s': give one a line", path.c_str());
     return lines;
 }

@@ -206,7 +206,7 @@ void check(Ladder& latent, Ladder& assembly, Ladder& splitting, const AttentionC
         {output("c", device_c, c), output("rstd", device_rstd, rstd), accumulated("kr", device_u, u, u_after), accumulated("qr", device_q, q, q_after)},
         [&](int version) { return latents(version, latent.stream, d, l, N); });
 
-    // Without the queries, but with the rotations of all positions, which have a NaN behind them.
+    // Without the queries, but with the rotations of all positions; nothing is written behind these.
     if (d.d_rope > 0) {
         int positions = tokens.position.empty() ? 1 : *std::max_element(tokens.position.begin(), tokens.position.end()) + 1;
         DeviceArray<float> rotations(positions * d.d_rope + 2);

@@ -1361,7 +1361,7 @@ static void options_case(const AttentionDescription& d) {
         dropout = dropout || v.dropout > 0;
     }
     check_that(count > 0, format("no variant of %s is tested", d.name));
-    check_that(positions.size() == 3 && dropout, format("%s: a kind of positions, or dropout, is not tested", d.name));
+    check_that(positions.size() == 3 && dropout, format("%s: no variant has learned, or rope, or no positions, or dropout; one each is needed", d.name));
     for (const AttentionOption& o : d.options) {
         if (!strcmp(o.name, "gate-lr")) continue;  // the optimiser's
         size_t need = o.choices.empty() ? 2 : o.choices.size();

@@ -3,6 +3,7 @@
 # the truth, text that is text. Usage: dev/test/program_tests.sh [PROGRAM]   (default $TRAIN_GPT2, or ./train_gpt2)
 set -u
 program=$(realpath "${1:-${TRAIN_GPT2:-./train_gpt2}}")
+root=$(cd "$(dirname "$0")/../.." && pwd)
 . "$(dirname "$0")/testing.sh"
 under_test=("$program")
 mounted=
@@ -27,12 +28,13 @@ run=(train --data text.txt "${small[@]}")
 
 # --- what is typed wrong: 2 -----------------------------------------------------------------------------------------------------------------------------
 error "no command" 2 "train, eval, generate, info or convert"
-error "unknown command" 2 "'fly'" fly
-error "unknown option" 2 "'--fly'.*--help" train --fly
-error "unknown option with a value" 2 "'--fly'" train --fly 3
-error "stray argument" 2 "'text.txt'" train text.txt
-error "option of another command" 2 "'--top-k'" train --top-k 3
-error "missing value" 2 "--steps" train --steps
+error "unknown command" 2 "unknown command 'fly': choose train, eval, generate, info or convert" fly
+error "option of no command" 2 "unknown option '--fly': [^ ]* --help" --fly
+error "unknown option" 2 "unknown option '--fly': [^ ]* train --help" train --fly
+error "unknown option with a value" 2 "unknown option '--fly'" train --fly 3
+error "stray argument" 2 "unknown argument 'text.txt': [^ ]* train --help" train text.txt
+error "option of another command" 2 "unknown option '--top-k'" train --top-k 3
+error "missing value" 2 "--steps needs a value; train_gpt2 train --help" train --steps
 error "no data" 2 "--data" train
 error "unknown attention" 2 "'magic'.*causal" "${run[@]}" --attention magic
 error "unknown option of an attention" 2 "'wings'.*kv-heads" "${run[@]}" --attention causal:wings=3
@@ -64,6 +66,7 @@ error "empty --prompts" 2 "--prompts is ''" generate --prompts ""
 
 # --- what is wrong with files: 3 ------------------------------------------------------------------------------------------------------------------------
 error "data that is not there" 3 "'gone.txt'" train --data gone.txt
+error "a pattern of texts" 3 "no token shard.*by itself" train --data "[tv]*.txt"
 error "data that is a directory" 3 "'/tmp'" train --data /tmp
 : >nothing.txt
 error "empty text" 3 "'nothing.txt' is empty" train --data nothing.txt
@@ -75,7 +78,7 @@ error "token outside the vocabulary" 3 "token (5|60)[0-9]*.*outside the vocabula
 error "ids for a text" 3 "tokenizer" "${run[@]}" --tokenizer ids
 error "bytes for a shard" 3 "outside the vocabulary of 257" train --data tokens.bin "${small[@]}" --tokenizer bytes --steps 1
 error "resume without a run" 3 "no run in 'r'.*--resume" "${run[@]}" --out r --resume
-error "checkpoint that is not there" 3 "'gone'" eval --checkpoint gone --data text.txt
+error "checkpoint that is not there" 3 "'gone': No such file" eval --checkpoint gone --data text.txt
 expect "errors made no directory" [ ! -e r ]
 error "out within a file" 3 "text.txt" "${run[@]}" --steps 1 --out text.txt/run
 error "out that is a file" 3 "text.txt" "${run[@]}" --steps 1 --out text.txt
@@ -259,7 +262,7 @@ printf 'the cat\nthe key\nthe' >prompts.txt
 expect "six texts" [ "$(grep -c '^--- prompt [123], sample [12]$' many.txt)" -eq 6 ]
 "$program" generate --checkpoint a --prompts - --samples 2 --tokens 24 --seed 1 --jsonl <prompts.txt >many.jsonl 2>err.txt
 expect "six lines" [ "$(grep -Ec '^\{"prompt":[012],"sample":[01],"text":".*","ended":"(tokens|end of text|positions)"\}$' many.jsonl)" -eq 6 ]
-error "no such prompts" 3 "cannot read 'nowhere.txt'" generate --checkpoint a --prompts nowhere.txt
+error "no such prompts" 3 "cannot read 'nowhere.txt'.*check the path" generate --checkpoint a --prompts nowhere.txt
 : >none.txt
 error "no prompts" 3 "no prompt in 'none.txt'" generate --checkpoint a --prompts none.txt
 error "two kinds of prompts" 2 "--prompt and --prompts" generate --checkpoint a --prompt x --prompts prompts.txt
@@ -293,6 +296,7 @@ for other in "--prompt x" "--prompts prompts.txt" "--jsonl" "--samples 2"; do
     error "interactive with $other" 2 "--interactive and ${other%% *} are both given" generate --checkpoint a --interactive $other
 done
 for seed in 1 2 3 4 5 6; do generate --temperature 50 --tokens 20 --seed $seed >g.txt; expect "valid UTF-8" iconv -f utf8 -t utf8 g.txt -o /dev/null; done
+good "nothing to begin with, nothing to stop at" generate --checkpoint a --prompt "" --stop "" --tokens 2
 good "tokens 0" generate --checkpoint a --tokens 0
 expect "writes nothing" [ ! -s out.txt ]
 good "all positions" generate --checkpoint a --tokens 500 --temperature 50 --prompt "the key is in" --seed 5
@@ -414,6 +418,7 @@ for command in train eval generate info convert; do
         expect "$command knows $option of its help" eval "! grep -q \"unknown option '$option'\" err.txt"
     done
 done
+expect "make CBLAS=none" eval 'env -u MAKEFLAGS -u CBLAS make -C "$root" -nB CBLAS=none train_gpt2 | grep -q -- -DNO_CBLAS'
 expect "eval --help" [ "$(options eval | tr -d '\n')" = "--carry-memory--checkpoint--choices--data--help--recall--stride--threads--tokenizer" ]
 expect "generate --help" [ "$(options generate | tr -d '\n')" = "--checkpoint--endless--help--interactive--jsonl--min-p--page-size--pages--parallel--prompt--prompts--repetition-penalty--samples--seed--stop--temperature--threads--tokenizer--tokens--top-k--top-p--window" ]
 good "info" info

@@ -56,9 +56,9 @@ expect "are two documents" [ "$(number two.bin 8)" -eq 14 ]
 
 # --- errors ---------------------------------------------------------------------------------------------------------------------------------------------
 before=$(ls)
-error "no command" 2 "--help" "$tokenize"
+error "no command" 2 "no command: give encode, decode or train" "$tokenize"
 error "unknown command" 2 "'fly': choose encode, decode or train" "$tokenize" fly
-error "unknown option" 2 "--fly" "${encode[@]}" own text.txt -o x --fly
+error "unknown option" 2 "unknown option '--fly': tokenize encode --help" "${encode[@]}" own text.txt -o x --fly
 error "no tokenizer" 2 "--tokenizer" "$tokenize" encode text.txt -o x
 error "no output" 2 "--out" "${encode[@]}" own text.txt
 error "an empty name for it" 2 "--out is ''" "${encode[@]}" own text.txt -o ""
