@@ -217,8 +217,9 @@ SETTINGS = $(CXX) $(BASE) $(FAST) $(ASAN) $(LIBS)
 $(B)/settings: FORCE | $(B)
 	@echo '$(SETTINGS)' | cmp -s - $@ || echo '$(SETTINGS)' > $@
 $(CU)/settings: FORCE | $(CU)
-	@echo '$(NVCC) $(NVCCFLAGS)' | cmp -s - $@ || echo '$(NVCC) $(NVCCFLAGS)' > $@
-$(CU)/train_gpt2_bf16.o $(CU)/train_gpt2_float32.o $(LADDERS): $(CU)/settings
+	@echo '$(NVCC) $(NVCCFLAGS) $(REFERENCE_OPT)' | cmp -s - $@ || echo '$(NVCC) $(NVCCFLAGS) $(REFERENCE_OPT)' > $@
+$(addprefix $(CU)/,train_gpt2_bf16.o train_gpt2_float32.o bench.o gpu_tests.o) $(LADDERS): $(CU)/settings
+$(addprefix $(CU)/,test_gpt2.o gpu_tests.o generate_tests.o): $(B)/settings
 FORCE:
 OBJECTS := $(addprefix $(B)/,$(addsuffix .o,train_gpt2 test_gpt2 program bench tokenize tokenizer_tests stories test_stories layer_tests layer_tests_f64 generate_tests unit_tests program_unit_tests data_tests fuzz_replay exchange_tests))
 $(OBJECTS) $(patsubst $(B)/%,$(B)/asan/%,$(OBJECTS)): $(B)/settings

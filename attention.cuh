@@ -236,7 +236,7 @@ inline void causal_backward(const AttentionContext& ctx, const Tensors& paramete
     g.dv = dqkv + (core.v - core.q);
     g.dq_stride = g.dk_stride = g.dv_stride = qkv_size(a);
     g.dk_head = g.dv_head = a.head_size();
-    float* dbqkv = gradients["bqkv"];
+    float* dbqkv = gradients["bqkv"];  // the sum of dqkv's rows: left by softmax_backward, unless they are rotated back behind it
     const bool rotated = a.positions == Positions::ROPE;
     if (!rotated) g.dbias = dbqkv;
     softmax_backward(ctx.stream, core, g, rest.scratch);
@@ -672,7 +672,7 @@ inline void mla_rotated_query_forward(const AttentionContext& ctx, const MlaShap
     int64_t N = ctx.tokens(), IC = d.r_q ? d.r_q : d.C;
     const floatX *input = d.r_q ? cq : x, *w = parameters[d.r_q ? "wuq" : "wq"];
     RotatedColumns rotated = {nullptr, ctx.position, (int)d.q, d.d_qk, d.d_nope, d.d_rope};
-    if (ctx.norm.gain || !linear_rotated_forward(ctx.stream, q, input, w, nullptr, N, IC, d.q, rotated, false)) {
+    if (ctx.norm.gain || !linear_rotated_forward(ctx.stream, q, input, w, nullptr, N, IC, d.q, rotated, /*launch*/ false)) {
         latents.q = q;
         latents.q_to = q + d.d_nope;
         latents.q_stride = d.q;
@@ -966,6 +966,6 @@ inline const Attention& attention(const std::string& name) {
     static const std::vector<Attention> list = {causal_attention(), infini_attention(), lightning_attention(), mla_attention()};
     for (const Attention& a : list)
         if (name == a.name) return a;
-    usage_error("attention '%s' has no GPU implementation", name.c_str());  // unreachable while the two lists agree
+    usage_error("attention '%s' has no GPU implementation: take ./train_gpt2", name.c_str());  // unreachable while the two lists agree
 }
 }  // namespace gpu

@@ -283,7 +283,9 @@ inline void softmax_decode(const SoftmaxAttention& a, real* o, int64_t o_stride,
     first_part.push_back((int)parts.size());
     if ((int64_t)results.size() < numbers) results.resize(numbers);
     real* records = results.data();
-    const int64_t key_row = a.kv_heads * a.k_head, ahead = 4 * (a.rope ? key_row : a.states ? a.states[0].per_token : a.k_stride);
+    const int64_t key_row = a.kv_heads * a.k_head;
+    // row_products fetches what it needs soon: four rows on.
+    const int64_t ahead = 4 * (a.rope ? key_row : a.states ? a.states[0].per_token : a.k_stride);
     std::vector<int64_t> group;  // each head's kv head
     for (int h = 0; h < a.heads; h++) group.push_back(a.kv_head(h));
 #pragma omp parallel

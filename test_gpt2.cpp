@@ -70,7 +70,8 @@ struct Check {
         if (bf16) limit = std::max(2e-2, 1.2 * bf16_distance.value(stored, 0.0)) * norm + 1e-4 * all;
         bool close = difference <= limit && (bf16 || cosine >= 1 - 1e-6);
         row(name, format("‖ref‖ %-9.3g ‖Δ‖/‖ref‖ %-8.1e cosine 1-%-7.1e", norm, norm > 0 ? difference / norm : difference, 1 - cosine).c_str(),
-            close && out.size() == ref.size(), format(", at most %.1e%s", norm > 0 ? limit / norm : limit, bf16 ? "" : " and 1-1.0e-06"));
+            close && out.size() == ref.size(),
+            format(", ‖Δ‖/‖ref‖ at most %.1e%s", norm > 0 ? limit / norm : limit, bf16 ? "" : ", cosine at least 1-1.0e-06"));
     }
 };
 
@@ -283,7 +284,7 @@ int main(int argc, char** argv) {
     check.in = "references";
     for (const AttentionDescription& d : attention_descriptions())
         if (argc < 2 && std::none_of(names.begin(), names.end(), [&](const std::string& name) { return name.rfind(std::string(d.name) + "_", 0) == 0; }))
-            check.row(d.name, format("no case in %s: python3 dev/reference/make_references.py writes them", directory.c_str()).c_str(), false);
+            check.row(d.name, format("no case in %s: make references writes them", directory.c_str()).c_str(), false);
     for (const std::string& failure : check.failures) printf("failed: %s\n", failure.c_str());
     printf("%d cases, %s\n%d passed, %d failed\n", cases, numbers, check.passed, check.failed);
     return check.failed ? 1 : 0;

@@ -119,7 +119,6 @@ struct AtomicFile {
 
     explicit AtomicFile(const std::string& path) : path(path), temporary(path + ".tmp") {
         struct stat st;
-        if (path.empty()) data_error("the file to write has the name '': give it one");
         if (stat(path.c_str(), &st) == 0 && !S_ISREG(st.st_mode)) data_error("'%s' is not a regular file: name another to write", path.c_str());
         fd = ::open(temporary.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0666);
         if (fd < 0) file_error("create", temporary, errno);

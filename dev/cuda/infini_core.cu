@@ -94,7 +94,7 @@ struct Device {
 
     bool with(int version, InfiniPass* p) const {
         *p = pass;
-        if (version == 1) p->hopper = false, p->sequence_blocks = p->write_blocks = 0;
+        if (version == 1) p->hopper = false, p->sequence_blocks = p->write_blocks = p->ranges = 0;
         return version == 1 || pass.hopper;
     }
     bool forward(int version) {

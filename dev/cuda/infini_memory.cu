@@ -32,10 +32,19 @@
 //      to its start, so that the memories' gradients stay in registers: 4 writes and reads them (77 MB that need not be moved, with segments of 256), adds them
 //      up in a kernel of its own, and waits for the slowest block twice. Under the delta rule k and v are read once instead of three times, and no affine map
 //      is formed: dM += Φ(k)ᵀdn as the tokens come. Copies alone take as long as all of 4: nothing is to be gained in its arithmetic. Where sequences are few,
-//      four blocks share one under the delta rule; under the other 4 stays in use. Expected: 418 and 421 µs at segments of 1024 and 256 become 370 and 350,
+//      four blocks share one under the delta rule; for the other: 6. Expected: 418 and 421 µs at segments of 1024 and 256 become 370 and 350,
 //      delta's 650 the same. In use
+//      Under the delta rule one warpgroup's chains of products take longer than the copies: two take turns with a block's tiles. Expected: 425 and 387 µs at
+//      segments of 2048 and 1024 become 370-390
 //      Delta's write likewise, from a sequence's start to its end (infini_write_hopper.cuh): k and v are read once instead of twice, and M goes from segment to
-//      segment within a block, or four where sequences are few. Expected: 180, 181 and 242 µs become 81, 83 and 98
+//      segment within a block, or four where sequences are few. Expected: 180, 181 and 242 µs become 81, 83 and 98; were 122, 94 and 95 while each tile waited for
+//      M. Now a segment's affine map is gathered in registers, tiles wait for z alone, and what blocks tell one another is on its way while they work. Expected:
+//      81, 80 and 95
+//   6  backward of the linear rule where sequences are few (infini_ranges_hopper.cuh). 4's two kernels take 193 and 228 µs of the 156 and 195 that their bytes
+//      take, and a kernel between them adds up. Here all tiles are divided evenly among as many blocks as there are multiprocessors, each for two neighbouring
+//      heads, whose tiles lie side by side; the sums over segments are plain sums, so that parts of them can be added up in any order by those who need them,
+//      and the second kernel fetches its first tiles while the first one still runs. Copies alone take 162 and 207 µs in this pattern. Memories are fetched a
+//      segment ahead: loads that stand behind the block's own tiles take 12 µs to arrive. Expected: 424 µs become 380. In use
 #include "ladder.h"
 
 #include "../../gpt2/cuda/infini.cuh"
@@ -270,13 +279,14 @@ struct Device {
         if (version < 3) p->tensor_cores = false;
         if (version < 4) p->hopper = false;
         if (version < 5) p->sequence_blocks = p->write_blocks = 0;
+        if (version < 6) p->ranges = 0;
         return version < 3 || (version == 3 ? pass.tensor_cores : pass.hopper);
     }
 
     bool write(int version, cudaStream_t stream) const {
         InfiniPass p;
         if (!with(version, &p) || (version == 1 && p.delta && p.max_len > 4096)) return false;
-        if ((version == 4 && p.delta) || (version == 5 && p.write_blocks == 0)) return false;
+        if ((version == 4 && p.delta) || (version == 5 && p.write_blocks == 0) || version == 6) return false;
         if (version > 1) {
             infini_write(stream, p, rest);
         } else if (p.num_seqs > 0) {
@@ -287,7 +297,7 @@ struct Device {
     }
     bool retrieve(int version, cudaStream_t stream, const float* beta, const floatX* D, floatX* A) const {
         InfiniPass p;
-        if (version == 5 || !with(version, &p)) return false;
+        if (version >= 5 || !with(version, &p)) return false;
         if (version > 1) {
             infini_retrieve(stream, p, beta, D, A);
         } else {
@@ -298,7 +308,7 @@ struct Device {
     }
     bool backward(int version, cudaStream_t stream, const float* beta, float* dbeta, const floatX* D, const floatX* dA, floatX* dqkv) const {
         InfiniPass p;
-        if (!with(version, &p) || (version == 1 && p.delta) || (version == 5 && p.sequence_blocks == 0)) return false;
+        if (!with(version, &p) || (version == 1 && p.delta) || (version == 5 && p.sequence_blocks == 0) || (version == 6 && p.ranges == 0)) return false;
         if (version > 1) {
             infini_gradients(stream, p, beta, dbeta, D, dA, dn, dden, dqkv, dmemories, rest);
             return true;
@@ -494,7 +504,8 @@ int main(int argc, char** argv) {
     Ladder ladder("infini_memory",
                   {"as the equations stand", "all segments at once, tiles in shared memory, float32 arithmetic (in use)", "tensor cores (in use)",
                    "Hopper: bulk copies, the gate and the queries in one pass (in use)",
-                   "in one kernel: backward, a sequence from its end to its start, and delta's write, from its start to its end (in use)"},
+                   "in one kernel: backward, a sequence from its end to its start, and delta's write, from its start to its end (in use)",
+                   "backward of the linear rule where sequences are few: all queries, then all keys (in use)"},
                   argc, argv);
     const std::vector<int> ragged = {3, 0, 1, 17, 7, 8, 40}, longer = {130, 0, 64, 257, 1};
     check(ladder, "infini:segment=1", 1, 64, {1}, false);
@@ -522,6 +533,11 @@ int main(int argc, char** argv) {
     check(ladder, "infini:segment=64:memory-update=delta:first-segment=gated", 12, 64, many, false);
     check(ladder, "infini:segment=100", 12, 64, some, false);
     check(ladder, "infini:segment=100:memory-update=delta", 12, 64, some, false);
+    // Few sequences: ranges that begin and end anywhere, within a segment or behind several.
+    check(ladder, "infini:segment=64", 24, 64, {700, 0, 1, 650}, false);
+    check(ladder, "infini:segment=64", 40, 64, {500, 300}, true);
+    check(ladder, "infini:segment=128:first-segment=gated", 42, 64, {513, 300}, false);
+    check(ladder, "infini:segment=512", 2, 64, {3000, 1500}, false);
     check(ladder, "infini:segment=64:memory-update=delta", 20, 64, {100, 130, 200, 0, 64, 150, 190, 200}, true);
     check(ladder, "infini:segment=300:memory-update=delta", 12, 64, {700, 650}, false);
     check(ladder, "infini:segment=256:memory-update=delta", 20, 64, {300, 700}, true);

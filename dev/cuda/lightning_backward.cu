@@ -4,7 +4,7 @@
 //
 // and du = (dq, dk, dv)⊙SiLU'(u). Each of the three is the recurrence of the forward pass with its roles exchanged, dq from the first token to the last, dk and
 // dv from the last to the first.
-// To be read and written: 14 bytes a token and channel (bf16); and the states that forward has left (versions 7 to 9), which are counted too: before every 128
+// To be read and written: 14 bytes a token and channel (bf16); and the states that forward has left (versions 7 on), which are counted too: before every 128
 // tokens hs/128·2 bytes, 1 at hs 64 and 2 at hs 128. The rows of the table say how many bytes are counted. FLOPs, with chunks of n = 64: five products over
 // half of a chunk and five with a state (each of S, dS is made once and used in two or three places), 2·(5·n/2 + 5·hs) = 960 a token and channel at hs 64.
 // At 3.0 TB/s and 690 TFLOP/s, without states and with them:
@@ -34,8 +34,12 @@
 //   9. Head sizes up to 64: a block has a multiprocessor for itself, its warpgroups have roles (lightning_roles.cuh): D; dV, dK and dQ, each of which
 //      makes SiLU and SiLU' of its own tile a chunk ahead. Instead of two blocks that each wait for what they do themselves. A block takes a whole
 //      sequence and head, or one range; what is read twice falls as in forward. Expected: 270 µs at B64, 295 at B8 and B2, 1080 at B1.
+//  10. Head sizes above 64: roles there too (lightning_wide.cuh): D; dK and dV; dQ. At hs 128 version 8 takes some 12,000 clocks a chunk, because its two
+//      warpgroups, 64 columns each, make the products of 64 by 64 tokens twice, and shared memory alone is busy for 8,000: SiLU and SiLU' of everything,
+//      factors of products, gradients. Warpgroups of 128 columns, with SiLU of k and v and their SiLU' in registers, and Eᵀ handed on instead of E made
+//      again: about 5,000 for shared memory, 3,600 for products, 5,500 for the busiest warpgroup. Memory takes 9,500. Expected: 400 µs.
 //
-// The last version is the function that the layer calls; it chooses, between 4 and 5 what 8 and 9 do not take.
+// Versions 9 and 10 are the function that the layer calls; it chooses, between 4 and 5 what they do not take.
 #include "lightning_case.h"
 
 #ifndef GPU_FLOAT32
@@ -264,7 +268,9 @@ static LightningMethod method(int version, const AttentionConfig& a) {
     return {std::min(version, 3), version >= 5 ? (LightningScheme)a["scheme"] : SCHEME_SEQUENTIAL, version >= 4, version >= 6, version >= 9};
 }
 static bool possible(int version, const LightningCase& c) {
-    return version <= 4 ? c.takes(std::min(version, 3)) : version == 5 || version == 9 || lightning_hopper(c.shape.hs);
+    const bool hopper = lightning_hopper(c.shape.hs), wide = hopper && c.shape.hs > 64;
+    if (version <= 4) return c.takes(std::min(version, 3));
+    return version == 5 || (version == 9 ? !wide : version == 10 ? wide : hopper);
 }
 static void backward(cudaStream_t stream, const LightningCase& c, floatX* du, int version) {
     if (version == 6 || version == 7)
@@ -273,24 +279,24 @@ static void backward(cudaStream_t stream, const LightningCase& c, floatX* du, in
         c.backward(stream, du, method(version, c.config), version >= 8);
 }
 
-static void check(Ladder& ladder, const LightningShape& shape) {
+// `left`: versions 7 on find the states that forward has left; else the last ones make them themselves.
+static void check(Ladder& ladder, const LightningShape& shape, bool left = true) {
     LightningCase c(shape);
     DeviceArray<floatX> o(c.N * c.C), du(c.N * 3 * c.C);
     std::vector<Output> outputs;
     for (int part = 0; part < 3; part++) {
-        auto columns = [&c, part](const std::vector<float>& x) {
-            std::vector<float> y(c.N * c.C);
-            for (int64_t n = 0; n < c.N; n++) std::copy_n(&x[(n * 3 + part) * c.C], c.C, &y[n * c.C]);
-            return y;
-        };
-        Output out = output(part == 0 ? "dq" : part == 1 ? "dk" : "dv", du, columns(c.du));
-        out.read = [&du, columns] { return columns(du.to_host()); };
+        std::vector<float> reference(c.N * c.C);
+        for (int64_t n = 0; n < c.N; n++) std::copy_n(&c.du[(n * 3 + part) * c.C], c.C, &reference[n * c.C]);
+        Output out = output(part == 0 ? "dq" : part == 1 ? "dk" : "dv", du, reference);
+        out.read = [&c, &du, part] { return c.part_of(du, part); };
         outputs.push_back(out);
+        outputs.push_back(c.worst_piece(out));
     }
     if (shape.memory) outputs.push_back(accumulated("memory", c.memories, c.before, c.before));  // is only read
-    ladder.check(shape.name(), outputs, [&](int version) {
-        if (!possible(version, c)) return false;
+    ladder.check(shape.name() + (left ? "" : ", no states"), outputs, [&](int version) {
+        if (!possible(version, c) || (!left && version < 9)) return false;
         c.poison_scratch();
+        if (!left) return c.backward(ladder.stream, du, method(version, c.config)), true;
         if (version >= 7) c.leave_states(ladder.stream, o, method(version, c.config), std::min(version - 7, 1));
         backward(ladder.stream, c, du, version);
         return true;
@@ -316,7 +322,8 @@ static void time(Ladder& ladder, const LightningShape& shape) {
 int main(int argc, char** argv) {
     Ladder ladder("lightning_backward",
                   {"token by token, three sweeps", "chunks, float32 arithmetic", "tensor cores", "dk and dv by one sweep", "spans where sequences are few",
-                   "wgmma, all by one sweep", "states left by forward", "before every second chunk", "warpgroups with roles, long spans (in use)"},
+                   "wgmma, all by one sweep", "states left by forward", "before every second chunk", "warpgroups with roles, long spans (in use up to hs 64)",
+                   "roles, whole rows (in use above)"},
                   argc, argv);
     if (getenv("LADDER_SMALL")) {  // for compute-sanitizer's racecheck
         check(ladder, {"", 1, 64, {200, 70}, true});
@@ -331,6 +338,15 @@ int main(int argc, char** argv) {
     check(ladder, {":scheme=sequential", 12, 64, {1024, 1024}});
     check(ladder, {":scheme=parallel", 12, 64, {1024, 1024}});
     for (const char* options : {":scheme=parallel", ":decay=none:scheme=parallel"}) check(ladder, {options, 40, 8, {4173, 700, 0, 2000}, true});
+    // More sequences and heads than blocks, which go from one head to another.
+    std::vector<int> many;
+    for (int i = 0; i < 40; i++) many.push_back(1 + i * 37 % 200);
+    check(ladder, {":scheme=sequential", 8, 64, many, true});
+    check(ladder, {":scheme=sequential", 5, 32, many, true});
+    for (int hs : {64, 128}) {
+        check(ladder, {"", 3, hs, ragged, true}, false);
+        check(ladder, {":scheme=parallel", 2, hs, {1000, 0, 513, 512, 1537, 1}, true}, false);
+    }
     check(ladder, {":decay=fla", 1, 8, {1}});
     check(ladder, {"", 1, 256, {100, 70}, true});
     check(ladder, {"", 1, 1000, {70}});

@@ -140,6 +140,39 @@ struct LightningCase {
         CUDA_CHECK(cudaMemset(states.data, 0xff, states.size * sizeof(floatX)));
     }
 
+    // dq, dk or dv of du (N,3C).
+    std::vector<float> part_of(const DeviceArray<floatX>& du_out, int part) const {
+        std::vector<floatX> x(N * C);
+        const size_t row = C * sizeof(floatX);
+        if (N > 0) CUDA_CHECK(cudaMemcpy2D(x.data(), row, du_out.data + part * C, 3 * row, row, N, cudaMemcpyDeviceToHost));
+        std::vector<float> y(N * C);
+        for (int64_t i = 0; i < N * C; i++) y[i] = host_float(x[i]);
+        return y;
+    }
+
+    // A second look at a result (N,C): the largest error of a piece of it, a head's numbers of up to 16 tokens of a sequence. The norm of the whole does not
+    // show what is wrong in a head that forgets fast, or only behind a border. Of pieces of a few tokens too much may cancel: they are left out.
+    Output worst_piece(const Output& of) const {
+        auto worst = [this, read = of.read, reference = of.reference] {
+            const std::vector<float> out = read();
+            double most = 0;
+            for (int s = 0; s < S; s++)
+                for (int first = cu[s]; first + 8 <= cu[s + 1]; first += 16)
+                    for (int h = 0; h < shape.heads; h++) {
+                        double difference = 0, norm = 0;
+                        for (int n = first; n < std::min(first + 16, cu[s + 1]); n++)
+                            for (int64_t i = n * C + h * shape.hs; i < n * C + (h + 1) * shape.hs; i++) {
+                                difference += ((double)out[i] - reference[i]) * ((double)out[i] - reference[i]);
+                                norm += (double)reference[i] * reference[i];
+                            }
+                        if (std::isnan(difference)) return std::vector<float>{NAN};
+                        if (difference > 0) most = std::max(most, std::sqrt(difference / norm));
+                    }
+            return std::vector<float>{(float)(1 + most)};
+        };
+        return {of.name + ", worst piece", {1}, worst, [] {}, 2 * TOLERANCE, 0};
+    }
+
     // Does a sweep take this kernel?
     bool takes(int kernel) const {
         floatX* p = d_u;

@@ -37,6 +37,7 @@
 //      50 µs. With one block 96 sequences and heads need no spans, and 11 ranges of a sequence read 33 to 41 MB twice. Expected: a chunk in 1.2 µs, and
 //      with it 160 µs at B8, 175 at B2, 620 at B1. Later: ranges of 128-token spans, so that blocks have equal work; sums over tails, without blocks that find
 //      nothing to do; weights of 2^−16 and more: a third fewer bytes read twice. Expected: 10 µs less at B2.
+//      Then all blocks in step (Pace), because their average end was 12 to 20 µs before the last one's. Expected: most of that, 160 at B8.
 //
 // Kernels 1 to 3 serve what 5 does not take (and other GPUs). The last version is the function that the layer calls; it chooses.
 #include "lightning_case.h"
@@ -54,6 +55,7 @@ static void check(Ladder& ladder, const LightningShape& shape) {
     LightningCase c(shape);
     DeviceArray<floatX> o(c.N * c.C);
     std::vector<Output> outputs = {output("o", o, c.o)};
+    outputs.push_back(c.worst_piece(outputs[0]));
     if (shape.memory) outputs.push_back(accumulated("memory", c.memories, c.before, c.after));
     ladder.check(shape.name(), outputs, [&](int version) {
         if (!possible(version, c)) return false;
@@ -84,7 +86,9 @@ static void check_extend(Ladder& ladder, LightningShape shape) {
 
     DeviceArray<AttentionState> d_states(states);
     DeviceArray<floatX> d_o(c.N * c.C);
-    ladder.check("extend " + shape.name(), {output("o", d_o, o), accumulated("states", c.memories, c.before, after)}, [&](int version) {
+    std::vector<Output> outputs = {output("o", d_o, o), accumulated("states", c.memories, c.before, after)};
+    outputs.push_back(c.worst_piece(outputs[0]));
+    ladder.check("extend " + shape.name(), outputs, [&](int version) {
         if (version < 4) return false;
         c.poison_scratch();
         Lightning pass = c.pass();
@@ -127,6 +131,11 @@ int main(int argc, char** argv) {
     check(ladder, {":scheme=sequential", 12, 64, {1024, 1024}});
     check(ladder, {":scheme=parallel", 12, 64, {1024, 1024}});
     for (const char* options : {":scheme=parallel", ":decay=none:scheme=parallel"}) check(ladder, {options, 40, 8, {4173, 700, 0, 2000}, true});
+    // More sequences and heads than blocks, which go from one head to another.
+    std::vector<int> many;
+    for (int i = 0; i < 40; i++) many.push_back(1 + i * 37 % 200);
+    check(ladder, {":scheme=sequential", 8, 64, many, true});
+    check(ladder, {":scheme=sequential", 5, 32, many, true});
     check(ladder, {":decay=fla", 1, 8, {1}});
     check(ladder, {"", 1, 256, {100, 70}, true});
     check(ladder, {"", 1, 1000, {70}});

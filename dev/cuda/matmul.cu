@@ -25,20 +25,20 @@
 //      beside the products pays)
 //   8  what the trainer calls (matmul.cuh): cuBLASLt's first choice with the bias in its epilogue, or 7 where a rule says that it is faster
 //   9  the same with --tune: the fastest, by timing, of 7 and cuBLASLt's 16 candidates; the trainer keeps these plans with the run
-//  10  the MLP's products with GELU and its derivative (matmul_gelu_hopper.cuh): 7 whose epilogue takes a panel of 64 columns at a time, so that it waits
-//      once a panel. Expected: 430 µs at 65536 x 768 x 3072, the sums of columns included, where cuBLASLt takes 550 to 600 and 140 for the sums
+//  10  7 with what a layer does next to the numbers (matmul_fused_hopper.cuh): the residual added; GELU; GELU' and the sums of columns, or nothing, behind a
+//      product by (K,N). A second matrix comes, and everything goes, through slots of shared memory by the copy engine. Expected: 450 µs with GELU at 65536 x
+//      768 x 3072 and no more with GELU' and its sums, where cuBLASLt takes 550 to 600, and 140 for the sums; the residual for nothing
 //
-// 3 to 7 are for bf16 and want rows of whole 16 bytes: K a multiple of 8. The checks of 8 and 9 also go through everything else that matmul.cuh does.
+// 3 to 7 and 10 are for bf16 and want rows of whole 16 bytes: K a multiple of 8. The checks of 8 and 9 also go through everything else that matmul.cuh does.
 #define GPT2_NO_MAIN
 #include "../../train_gpt2.cpp"
 #include "ladder.h"
 
 #include "../../gpt2/cuda/matmul.cuh"
-#include "../../gpt2/cuda/matmul_hopper.cuh"
 
 using namespace gpu;
 
-constexpr int HOPPER = 7, HEURISTIC = 8, TUNED = 9, WITH_GELU = 10;
+constexpr int HOPPER = 7, HEURISTIC = 8, TUNED = 9;
 
 // --------------------------------------------------------------------------------------------------------------------------------------------------
 // Version 1
@@ -408,6 +408,8 @@ static void check_products(Ladder& ladder, int library) {
 }
 
 #ifndef GPU_FLOAT32
+constexpr int FUSED = 10;
+
 // Versions 6 and 7 where rows stand `pad` numbers apart, which must not be touched, and K is no multiple of 8.
 static void check_hopper(Ladder& ladder, int64_t M, int64_t N, int64_t K, int64_t pad) {
     int64_t lda = round_up(K, 8) + pad, ldb = lda, ldc = N + pad;
@@ -454,34 +456,41 @@ static void check_rotated(Ladder& ladder, int64_t M, int64_t N, int64_t K, Rotat
                  {output("C", c, C)},
                  [&](int version) { return version == HOPPER && linear_rotated_forward(ladder.stream, c, a, b, bias_, M, K, N, rotated); });
 }
-// Version 10, rows `pad` numbers apart. Before GELU a number is rounded, before GELU' too: of a few numbers alone, bf16 would not be near enough.
-static void check_gelu(Ladder& ladder, int64_t M, int64_t N, int64_t K, int64_t pad, bool with_bias) {
+// Version 10, rows `pad` numbers apart. Before GELU a number is rounded: of a few numbers alone, bf16 would not be near enough.
+static void check_fused(Ladder& ladder, int64_t M, int64_t N, int64_t K, int64_t pad, bool with_bias) {
     int64_t lda = round_up(K, 8) + pad, ldc = N + pad;
     const double scale = 1 / std::sqrt((double)K);
-    std::vector<float> A = random_numbers(M * lda, 1), W = random_numbers(N * lda, 2, scale), V = random_numbers(K * ldc, 3, scale);
-    std::vector<float> bias = random_numbers(N, 4), X = random_numbers(M * ldc, 5), x = X, Y = X, dX = X, before = X, db0 = random_numbers(N, 6), db = db0;
+    std::vector<float> A = random_numbers(M * lda, 1), W = random_numbers(N * lda, 2, scale), V = random_numbers(K * ldc, 3, scale),
+                       bias = random_numbers(N, 4);
+    std::vector<float> X = random_numbers(M * ldc, 5), x = X, Y = X, sum = X, product = X, dX = X, before = X, db0 = random_numbers(N, 6), db = db0;
     cpu::matmul(cpu::NO, cpu::YES, M, N, K, 1, A.data(), lda, W.data(), lda, 0, x.data(), ldc);
-    cpu::matmul(cpu::NO, cpu::NO, M, N, K, 1, A.data(), lda, V.data(), ldc, 0, dX.data(), ldc);
+    cpu::matmul(cpu::NO, cpu::NO, M, N, K, 1, A.data(), lda, V.data(), ldc, 0, product.data(), ldc);
     for (int64_t i = 0; i < M; i++) {
         for (int64_t j = 0; j < N && with_bias; j++) x[i * ldc + j] += bias[j];
         cpu::gelu_forward(&Y[i * ldc], &x[i * ldc], N);
-        cpu::gelu_backward(&dX[i * ldc], &dX[i * ldc], &X[i * ldc], N);
-        for (int64_t j = 0; j < N; j++) db[j] += dX[i * ldc + j], before[i * ldc + j] = NAN;
+        cpu::gelu_backward(&dX[i * ldc], &product[i * ldc], &X[i * ldc], N);
+        for (int64_t j = 0; j < N; j++) sum[i * ldc + j] += x[i * ldc + j], db[j] += dX[i * ldc + j], before[i * ldc + j] = NAN;
     }
-    DeviceArray<floatX> a(A), w(W), v(V), b(bias), x_in(X), x_out(M * ldc), out(M * ldc);
+    DeviceArray<floatX> a(A), w(W), v(V), b(bias), second(X), x_out(M * ldc), out(M * ldc);
     DeviceArray<float> sums(N);
-    HopperGelu forward = {M, N, K, a, lda, w, lda, ldc, with_bias ? b.data : nullptr, x_out, out, nullptr, false};
-    HopperGelu backward = {M, N, K, a, lda, v, ldc, ldc, nullptr, x_in, out, sums, true};
-    auto run_if_taken = [&](int version, const HopperGelu& m) { return version == WITH_GELU && hopper_gelu_takes(m) && (hopper_gelu(ladder.stream, m), true); };
-    std::string shape = format("M=%ld N=%ld K=%ld + %ld", (long)M, (long)N, (long)K, (long)pad);
-    ladder.check(shape + " GELU", {accumulated("x", x_out, before, x), accumulated("y", out, before, Y)},
-                 [&](int version) { return run_if_taken(version, forward); });
-    ladder.check(shape + " GELU'", {accumulated("dx", out, before, dX), accumulated("db", sums, db0, db)},
-                 [&](int version) { return run_if_taken(version, backward); });
+    auto check = [&](const char* name, Fused what, const std::vector<Output>& outputs) {
+        const bool transposed = what == Fused::NOTHING || what == Fused::GELU_BACKWARD;
+        HopperFused m = {what, M, N, K, a, lda, transposed ? v.data : w.data, transposed ? ldc : lda, out, ldc, nullptr, second, nullptr};
+        if (!transposed && with_bias) m.bias = b;
+        if (what == Fused::GELU) m.second = x_out;
+        if (what == Fused::NOTHING) m.second = nullptr;
+        if (what == Fused::GELU_BACKWARD) m.sums = sums;
+        ladder.check(format("M=%ld N=%ld K=%ld + %ld %s", (long)M, (long)N, (long)K, (long)pad, name), outputs,
+                     [&](int version) { return version == FUSED && hopper_fused_takes(m) && (hopper_fused(ladder.stream, m), true); });
+    };
+    check("residual", Fused::RESIDUAL, {accumulated("y", out, before, sum)});
+    check("GELU", Fused::GELU, {accumulated("x", x_out, before, x), accumulated("y", out, before, Y)});
+    check("GELU'", Fused::GELU_BACKWARD, {accumulated("dx", out, before, dX), accumulated("db", sums, db0, db)});
+    check("by (K,N)", Fused::NOTHING, {accumulated("dx", out, before, product)});
 }
 static void check_hopper(Ladder& ladder) {
     for (auto [M, N, K, pad] : {std::array<int64_t, 4>{129, 200, 40, 8}, {1000, 776, 264, 0}, {300, 72, 137, 16}, {4500, 3072, 64, 0}})
-        check_gelu(ladder, M, N, K, pad, N != 72);
+        check_fused(ladder, M, N, K, pad, N != 72);
     check_rotated(ladder, 1000, 1152, 768, {nullptr, nullptr, 1152, 96, 64, 32});
     check_rotated(ladder, 300, 768, 64, {nullptr, nullptr, 512, 64, 0, 32});
     check_rotated(ladder, 129, 1152, 40, {nullptr, nullptr, 576, 192, 168, 8});
@@ -532,11 +541,44 @@ static void check_linear(Ladder& ladder, int library, int64_t N, int64_t C, int6
     outputs = weights();
     outputs.push_back(output("dfc", dx, dfc));
     check("linear_gelu_backward", outputs, [&] { linear_gelu_backward(stream, dx, dw, db, d_dout, d_x, d_fc, d_w, N, C, OC); });
+    std::vector<float> dbfc0 = random_numbers(C, 11), dbfc_after = dbfc0;
+    for (int64_t i = 0; i < N * C; i++) dbfc_after[i % C] += dfc[i];
+    DeviceArray<float> dbfc(C);
+    outputs.push_back(accumulated("dbfc", dbfc, dbfc0, dbfc_after));
+    check("linear_gelu_backward with dbfc", outputs, [&] { linear_gelu_backward(stream, dx, dw, db, d_dout, d_x, d_fc, d_w, N, C, OC, dbfc); });
 
     dx_after = dx0, dw_after = dw0;
     cpu::linear_backward(dx_after.data(), true, dw_after.data(), nullptr, wide.data(), x.data(), w.data(), N, C, OC, stride);
     check("linear_backward dx +=, wide rows, no db", {accumulated("dx", dx, dx0, dx_after), accumulated("dw", dw, dw0, dw_after, FLOAT32_TOLERANCE)},
           [&] { linear_backward(stream, dx, true, dw, nullptr, d_wide, d_x, d_w, N, C, OC, stride); });
+}
+
+// The MLP's products with GELU, large enough for 10 by the rule: whoever makes them, the columns are summed once.
+static void check_mlp(Ladder& ladder, int library) {
+    const int64_t N = 4500, C = 64, OC = 3072;
+    std::vector<float> x = random_numbers(N * C, 1), w = random_numbers(OC * C, 2, 1 / std::sqrt((double)C)), b = random_numbers(OC, 3), fc(N * OC),
+                       gelu(N * OC);
+    cpu::linear_forward(fc.data(), x.data(), w.data(), b.data(), N, C, OC);
+    for (float& number : fc) number = round_to_working_type(number);
+    cpu::gelu_forward(gelu.data(), fc.data(), N * OC);
+    DeviceArray<floatX> d_x(x), d_w(w), d_b(b), d_fc(fc), d_gelu(gelu), out(N * OC), out2(N * OC);
+    ladder.check("MLP, forward", {output("fc", out, fc), output("gelu", out2, gelu)}, [&](int version) {
+        if (version == library) linear_gelu_forward(ladder.stream, out2, out, d_x, d_w, d_b, N, C, OC);
+        return version == library;
+    });
+    // Behind it x is the gradient, and w the weights from OC to C.
+    std::vector<float> dfc(N * OC), dw0 = random_numbers(OC * C, 4), dw = dw0, db0 = random_numbers(C, 5), db = db0, dbfc0 = random_numbers(OC, 6),
+                                    dbfc = dbfc0;
+    cpu::linear_backward(dfc.data(), false, dw.data(), db.data(), x.data(), gelu.data(), w.data(), N, OC, C);
+    cpu::gelu_backward(dfc.data(), dfc.data(), fc.data(), N * OC);
+    for (int64_t i = 0; i < N * OC; i++) dbfc[i % OC] += dfc[i];
+    DeviceArray<float> d_dw(OC * C), d_db(C), d_dbfc(OC);
+    ladder.check("MLP, backward",
+                 {output("dfc", out, dfc), accumulated("dw", d_dw, dw0, dw), accumulated("db", d_db, db0, db), accumulated("dbfc", d_dbfc, dbfc0, dbfc)},
+                 [&](int version) {
+                     if (version == library) linear_gelu_backward(ladder.stream, out, d_dw, d_db, d_x, d_gelu, d_fc, d_w, N, OC, C, d_dbfc);
+                     return version == library;
+                 });
 }
 
 // Nothing where there is nothing; and plans: read back they give the same bits, damaged or another machine's they are refused.
@@ -650,13 +692,17 @@ static void time_shapes(Ladder& ladder, int library) {
         ladder.time(name, work, [&](int version) { return version == library && (f(), true); });
     };
 #ifndef GPU_FLOAT32
-    HopperGelu forward = {N, OC, C, x, C, w, C, OC, b, fc, gelu, nullptr, false}, backward = {N, OC, C, x, C, w, OC, OC, nullptr, fc, gelu, db, true};
-    for (auto& [name, m] : {std::pair("fc, GELU, alone", &forward), {"proj, dX and GELU' and db of fc, alone", &backward}})
-        if (library == HEURISTIC)
-            ladder.time(name, {flops, small + weight + 2 * large}, [&, m = m](int version) {
-                if (version == WITH_GELU) return hopper_gelu_takes(*m) && (hopper_gelu(stream, *m), true);
-                return false;
-            });
+    DeviceArray<float> sums(OC);
+    CUDA_CHECK(cudaMemset(sums, 0, OC * sizeof(float)));
+    auto alone = [&](const char* name, const Work& work, const HopperFused& m) {
+        if (library != HEURISTIC) return;
+        ladder.time(name, work, [&](int version) { return version == FUSED && hopper_fused_takes(m) && (hopper_fused(stream, m), true); });
+    };
+    alone("fc, GELU, alone", {flops, small + weight + 2 * large}, {Fused::GELU, N, OC, C, x, C, w, C, gelu, OC, b, fc});
+    alone("proj, residual, alone", {flops, large + weight + 2 * small}, {Fused::RESIDUAL, N, C, OC, gelu, OC, w, OC, dx, C, b, residual});
+    alone("proj, dX and GELU' and db of fc, alone", {flops, small + weight + 2 * large},
+          {Fused::GELU_BACKWARD, N, OC, C, x, C, w, OC, gelu, OC, nullptr, fc, sums});
+    alone("fc, dX, alone", {flops, small + weight + large}, {Fused::NOTHING, N, C, OC, gelu, OC, w, C, dx, C, nullptr, nullptr});
 #endif
     time("fc, GELU", {flops, small + weight + 2 * large}, [&] { linear_gelu_forward(stream, gelu, fc, x, w, b, N, C, OC); });
     time("proj, residual", {flops, large + weight + 2 * small}, [&] { linear_forward(stream, dx, gelu, w, b, N, OC, C, residual); });
@@ -673,7 +719,7 @@ int main(int argc, char** argv) {
     Ladder ladder("matmul",
                   {"a thread an element", "128x128 tiles in shared memory", "tensor cores: mma.sync, ldmatrix", "cp.async, three stages, swizzle", "wgmma",
                    "copy engine, groups in turns", "clusters (in use)", "cuBLASLt, or 7 by a rule (in use)",
-                   "cuBLASLt or 7, the faster by timing (in use with --tune)", "with GELU in panels (in use)"},
+                   "cuBLASLt or 7, the faster by timing (in use with --tune)", "with more behind it (in use)"},
                   argc, argv);
     bool timing = argc < 2 || strcmp(argv[argc - 1], "--check") != 0;
     check_hopper(ladder);
@@ -682,6 +728,7 @@ int main(int argc, char** argv) {
         check_linear_forward(ladder, library);
         check_products(ladder, library);
         for (auto [N, C, OC] : {std::array<int64_t, 3>{7, 20, 13}, {1, 64, 8}, {64, 768, 2304}, {200, 128, 136}}) check_linear(ladder, library, N, C, OC);
+        check_mlp(ladder, library);
         if (ladder.wanted(library)) check_plans(ladder, library);
     }
     for (int library : {HEURISTIC, TUNED}) {

@@ -7,7 +7,7 @@
 // SiLU has no kernel of its own: others take it as they load (lightning.cuh). Earlier versions and times: dev/cuda/gelu.cu.
 #pragma once
 
-#include "common.cuh"
+#include "tensor_cores.cuh"
 
 namespace gpu {
 
@@ -18,11 +18,16 @@ __device__ inline float silu_gradient(float x) {
     float s = sigmoid(x);
     return s * (1 + x * (1 - s));
 }
-__device__ inline float gelu_sigmoid(float x) { return sigmoid(1.5957691216057308f * (x + 0.044715f * x * x * x)); }
-__device__ inline float gelu(float x) { return x * gelu_sigmoid(x); }
+// σ of GELU, constants multiplied out.
+__device__ inline float gelu_sigmoid(float x, float x2) {
+    float s, e = exp2_fast(x * fmaf(x2, -0.10294324f, -2.3022082f));  // −2u·log2(e)
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(s) : "f"(1 + e));
+    return s;
+}
+__device__ inline float gelu(float x) { return x * gelu_sigmoid(x, x * x); }
 __device__ inline float gelu_gradient(float x) {
-    float s = gelu_sigmoid(x), du = 1.5957691216057308f * (1 + 0.134145f * x * x);
-    return s + x * s * (1 - s) * du;
+    float x2 = x * x, s = gelu_sigmoid(x, x2);
+    return fmaf(fmaf(-s, s, s), x * fmaf(x2, 0.21406445f, 1.5957691f), s);
 }
 
 constexpr int GELU_THREADS = 256;

@@ -28,6 +28,7 @@
 //   infini_tensor_cores.cuh   ..._kernel3: bf16 with head sizes up to 128 that are multiples of 8
 //   infini_hopper.cuh         ..._kernel4: bf16 with head size 64, on GPUs of compute capability 9.0
 //   infini_backward_hopper.cuh   ..._kernel5: the same, backward in one kernel
+//   infini_ranges_hopper.cuh  ..._kernel6: the same, linear, backward where sequences are few
 //   infini_write_hopper.cuh   ..._kernel5: the same, delta's write in one kernel
 //   infini_decode.cuh         one new token a text, local attention included, in one launch
 //   here                      1. from segment to segment   2. launchers
@@ -42,6 +43,7 @@
 #include "infini_any_size.cuh"
 #include "infini_backward_hopper.cuh"
 #include "infini_hopper.cuh"
+#include "infini_ranges_hopper.cuh"
 #include "infini_tensor_cores.cuh"
 #include "infini_write_hopper.cuh"
 
@@ -183,7 +185,7 @@ __global__ void __launch_bounds__(256, 2) infini_map_kernel(InfiniPass p, const 
     }
 }
 
-// The same for hs = 64, backward alone (infini_write_kernel5 does without maps). Only X, the columns that go from map to map, has to wait for the map before:
+// The same for hs = 64, backward alone (infini_write_kernel5 keeps them inside). Only X, the columns that go from map to map, has to wait for the map before:
 // it stays in shared memory, and the maps to come and what stands at `to` are on their way meanwhile. A block takes 16 columns; 16x8 threads, each 8 rows.
 constexpr int INFINI_MAP_STAGES = 3, INFINI_MAP_SHARED = (INFINI_MAP_STAGES * 64 * 64 + 64 * 16) * (int)sizeof(float);
 __global__ void __launch_bounds__(128) infini_map_kernel4(InfiniPass p, const float* maps, float* memories) {
@@ -351,7 +353,7 @@ inline CUtensorMap infini_channels_map(const InfiniPass& p, const floatX* rows) 
 template <int CLUSTER, int GROUPS, int STAGES, int BLOCKS>
 inline void infini_sequence_write(cudaStream_t stream, const InfiniPass& p) {
     launch_overlapping(stream, false, CLUSTER, infini_write_kernel5<CLUSTER, GROUPS, STAGES, BLOCKS>, (int64_t)p.num_seqs * p.kv_heads * CLUSTER,
-                       dim3(infini_hopper::THREADS, GROUPS + 1), infini_hopper::WriteShared<CLUSTER, GROUPS, STAGES>::BYTES,
+                       dim3(infini_hopper::THREADS, GROUPS), infini_hopper::WriteShared<CLUSTER, GROUPS, STAGES>::BYTES,
                        infini_rows_map(p.keys, p.max_key_rows(), p.row_size(), p.key_stride), p);
     LAUNCH_CHECK();
 }
@@ -367,7 +369,7 @@ inline void infini_write(cudaStream_t stream, const InfiniPass& p, Scratch scrat
     if (p.write_blocks > 0) {
         bool one_each = (int64_t)p.num_seqs * p.kv_heads <= device_properties().multiProcessorCount;
         auto run = one_each ? infini_sequence_write<1, 2, 8, 1> : infini_sequence_write<1, 1, 3, 3>;
-        if (p.write_blocks > 1) run = infini_sequence_write<4, 2, 6, 1>;
+        if (p.write_blocks > 1) run = infini_sequence_write<4, 2, 8, 1>;
         run(stream, p);
         return;
     }
@@ -559,12 +561,31 @@ inline void infini_memory_backward(cudaStream_t stream, const InfiniPass& p, con
 
 #ifndef GPU_FLOAT32
 // Both at once. partial (num_seqs, NH, sequence_blocks): each block's part of dβ.
-template <bool DELTA, int CLUSTER, int STAGES, int AHEAD, int BLOCKS>
+template <bool DELTA, int CLUSTER, int GROUPS, int STAGES, int AHEAD, int BLOCKS>
 inline void infini_sequence_backward(cudaStream_t stream, const InfiniPass& p, const float* beta, const floatX* D, const floatX* dA, floatX* dqkv,
                                      float* partial) {
-    launch_overlapping(stream, false, CLUSTER, infini_backward_kernel5<DELTA, CLUSTER, STAGES, AHEAD, BLOCKS>, (int64_t)p.num_seqs * p.heads * CLUSTER,
-                       infini_hopper::SEQUENCE_THREADS, infini_hopper::SequenceShared<STAGES, CLUSTER>::BYTES, infini_qkv_map(p, p.qkv),
+    launch_overlapping(stream, false, CLUSTER, infini_backward_kernel5<DELTA, CLUSTER, GROUPS, STAGES, AHEAD, BLOCKS>, (int64_t)p.num_seqs * p.heads * CLUSTER,
+                       dim3(infini_hopper::THREADS, GROUPS + 1), infini_hopper::SequenceShared<CLUSTER, GROUPS, STAGES>::BYTES, infini_qkv_map(p, p.qkv),
                        infini_channels_map(p, D), infini_channels_map(p, dA), infini_qkv_map(p, dqkv), p, beta, dqkv, partial);
+    LAUNCH_CHECK();
+}
+#endif
+
+#ifndef GPU_FLOAT32
+// The same where sequences are few, queries and keys one behind the other.
+inline void infini_range_backward(cudaStream_t stream, const InfiniPass& p, const float* beta, float* dbeta, const floatX* D, const floatX* dA, floatX* dqkv,
+                                  float* dmemories) {
+    constexpr int STAGES = 6, AHEAD = 4, SHARED = infini_hopper::RangeShared<STAGES>::BYTES;
+    Scratch rest = {workspace(), WORKSPACE_BYTES};
+    InfiniParts parts = {rest.take<float>(p.memory_at(p.ranges, 0)), rest.take<float>((int64_t)p.ranges * p.heads), rest.take<int>(p.max_memories),
+                         rest.take<int>(p.num_seqs)};
+    const int64_t blocks = (int64_t)p.ranges * (p.heads / infini_hopper::RANGE_HEADS);
+    const dim3 threads(infini_hopper::THREADS, infini_hopper::RANGE_HEADS + 1);
+    launch_overlapping(stream, false, 1, infini_query_backward_kernel6<STAGES, AHEAD>, blocks, threads, SHARED, infini_qkv_map(p, p.qkv),
+                       infini_channels_map(p, D), infini_channels_map(p, dA), infini_qkv_map(p, dqkv), p, beta, dqkv, dmemories, parts);
+    LAUNCH_CHECK();
+    launch_overlapping(stream, true, 1, infini_key_backward_kernel6<STAGES, AHEAD>, blocks, threads, SHARED, infini_qkv_map(p, p.qkv), infini_qkv_map(p, dqkv),
+                       p, beta, dbeta, dqkv, (const float*)dmemories, parts);
     LAUNCH_CHECK();
 }
 #endif
@@ -573,6 +594,11 @@ inline void infini_sequence_backward(cudaStream_t stream, const InfiniPass& p, c
 inline void infini_gradients(cudaStream_t stream, const InfiniPass& p, const float* beta, float* dbeta, const floatX* D, const floatX* dA, floatX* dn,
                              float* dden, floatX* dqkv, float* dmemories, Scratch scratch) {
 #ifndef GPU_FLOAT32
+    if (p.ranges > 0) {
+        assert(aligned16(D) && aligned16(dA) && aligned16(dqkv));
+        infini_range_backward(stream, p, beta, dbeta, D, dA, dqkv, dmemories);
+        return;
+    }
     if (p.sequence_blocks > 0) {
         assert(aligned16(D) && aligned16(dA) && aligned16(dqkv));
         Scratch rest = scratch;
@@ -580,8 +606,9 @@ inline void infini_gradients(cudaStream_t stream, const InfiniPass& p, const flo
         bool one_each = (int64_t)p.num_seqs * p.heads <= device_properties().multiProcessorCount;
         auto both = [&](auto delta) {
             constexpr bool DELTA = decltype(delta)::value;
-            auto run = one_each ? infini_sequence_backward<DELTA, 1, 4, 3, 1> : infini_sequence_backward<DELTA, 1, 2, 2, 2>;
-            if (p.sequence_blocks > 1) run = infini_sequence_backward<true, 4, 4, 3, 1>;
+            auto run = infini_sequence_backward<DELTA, 1, 1, 2, 2, 2>;
+            if (one_each) run = DELTA ? infini_sequence_backward<true, 1, 2, 4, 4, 1> : infini_sequence_backward<false, 1, 1, 4, 3, 1>;
+            if (p.sequence_blocks > 1) run = infini_sequence_backward<true, 4, 2, 4, 3, 1>;
             run(stream, p, beta, D, dA, dqkv, partial);
         };
         p.delta ? both(std::true_type()) : both(std::false_type());

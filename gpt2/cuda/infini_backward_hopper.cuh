@@ -10,14 +10,17 @@
 //     for tiles of keys           dv = keep·dv + dU, dk = keep·dk + (U·dM'ᵀ + dz')⊙Φ'(k)
 //                                 delta: dM += Φ(k)ᵀdn, dz += Φ(k)ᵀdden with dn = −dU/den: its affine maps are never formed
 //
-// One warpgroup computes, and has the next memory in registers while it is at the keys; one more thread copies tiles of 64 rows (four panels: q, dA, D, dq or
-// k, v, dk, dv) there and back. Few bytes should be on their way: heads that drift apart read memory in pieces of 128 bytes instead of whole rows, and the more
-// each is ahead, the farther they drift. 96 blocks with three tiles ahead: 2.8 TB/s, with four: 2.4.
+// A warpgroup computes, or two that take turns with the tiles; one more thread copies tiles of 64 rows (four panels: q, dA, D, dq or k, v, dk, dv) there and
+// back. Few bytes should be on their way: heads that drift apart read memory in pieces of 128 bytes instead of whole rows, and the more each is ahead, the
+// farther they drift. 96 blocks that only copy, two tiles being loaded: 360 µs, with three 407. So no more than two are, however many are worked on.
 //
-// Where sequences are few (delta alone: infini_sequence_blocks()), the blocks of a cluster take turns with a segment's tiles. Each has a part of dM; where a
-// segment ends it copies that into the others' shared memory, goes on with the next segment's queries, and all parts are added up, in the same order by each
-// block, before the first key. 96 blocks with one computing warpgroup each are bound by its 2,500 clocks a tile of queries and 3,200 a tile of keys; so warps
-// that would be idle bring a segment's description and memory while the one before is worked on, and what a block adds up lies in its own shared memory.
+// The linear rule is bound by memory with one warpgroup, which has the next memory in registers while it is at the keys. Under the delta rule a tile of
+// queries takes a lone warpgroup some 2,500 clocks, one of keys 3,200, most of them waiting: for products, for the special functions, for the other warps. Two
+// warpgroups fill each other's gaps. Each has a part of dM, and where a segment ends, each adds up half of both parts.
+//
+// Where sequences are few (delta alone: infini_sequence_blocks()), the blocks of a cluster take turns with a segment's tiles too. A block copies its part of
+// dM into the others' shared memory, goes on with the next segment's queries, and all parts are added up, in the same order by each block, before the first
+// key. Where dM is shared in one way or the other, warps that would be idle bring a segment's description and memory while the one before is worked on.
 #pragma once
 
 #include "infini_hopper.cuh"
@@ -27,19 +30,21 @@ namespace gpu {
 
 namespace infini_hopper {
 
-constexpr int SEQUENCE_THREADS = 2 * THREADS, LOADERS = THREADS - 32;  // the latter bring memories where blocks share a sequence
+constexpr int LOADERS = THREADS - 32;  // threads that bring memories where dM is shared
+constexpr int LOADS = 2;               // tiles that are being loaded at a time
 
 __device__ inline void store_pair(uint32_t address, float x, float y) {
     asm volatile("st.shared.u32 [%0], %1;" ::"r"(address), "r"(pack_bf16(x, y)) : "memory");
 }
 __device__ inline float4 sum_of(float4 a, float4 b) { return make_float4(a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w); }
 
-// Shared memory of a block that takes a sequence: a memory, dM', stages of four panels. Where blocks share a sequence: also the next segment's memory, and the
-// parts of dM and dz of all of them.
-template <int STAGES, int CLUSTER>
+// Shared memory of a block that takes a sequence: a memory, dM', stages of four panels. Where dM is shared: also the next segment's memory, and all blocks'
+// parts of dM and dz.
+template <int CLUSTER, int GROUPS, int STAGES>
 struct SequenceShared {
-    static constexpr int MEMORIES = CLUSTER > 1 ? 2 : 1, PART = (HS * HS + HS) * 4, AT_PARTS = (MEMORIES + 1 + STAGES * 4) * PANEL;
-    static constexpr int AT_NUMBERS = AT_PARTS + (CLUSTER > 1 ? CLUSTER * PART : 0), NUMBERS = (MEMORIES + 1) * HS + 2 * ROWS + 4;
+    static constexpr bool TURNS = CLUSTER * GROUPS > 1;
+    static constexpr int MEMORIES = TURNS ? 2 : 1, PART = (HS * HS + HS) * 4, AT_PARTS = (MEMORIES + 1 + STAGES * 4) * PANEL;
+    static constexpr int AT_NUMBERS = AT_PARTS + (TURNS ? CLUSTER * PART : 0), NUMBERS = (MEMORIES + 1) * HS + 2 * GROUPS * ROWS + 4 * GROUPS;
     static constexpr int AT_STAGES = AT_NUMBERS + NUMBERS * 4, AT_BARRIERS = AT_STAGES + STAGES * 32;
     static constexpr int BYTES = 1024 + AT_BARRIERS + 48 + 2 * (int)sizeof(InfiniSegment);
     char* base;
@@ -59,8 +64,8 @@ struct SequenceShared {
     __device__ float* part_z(int r) const { return (float*)part(r) + HS * HS; }
     __device__ float* z(int i) const { return (float*)(base + AT_NUMBERS) + i % MEMORIES * HS; }
     __device__ float* dz() const { return (float*)(base + AT_NUMBERS) + MEMORIES * HS; }
-    __device__ float* rows(int i) const { return dz() + HS + i % 2 * ROWS; }
-    __device__ float* warps() const { return dz() + HS + 2 * ROWS; }
+    __device__ float* rows(int i) const { return dz() + HS + i % (2 * GROUPS) * ROWS; }
+    __device__ float* warps() const { return dz() + HS + 2 * GROUPS * ROWS; }
     __device__ int4* tile(int i) const { return (int4*)(base + AT_STAGES + i % STAGES * 32); }
     __device__ uint32_t full(int i) const { return address + AT_STAGES + i % STAGES * 32 + 16; }
     __device__ uint32_t done(int i) const { return full(i) + 8; }
@@ -86,26 +91,29 @@ __device__ inline void copy_to_block(uint32_t address, int bytes, uint32_t barri
 }  // namespace infini_hopper
 
 // dq, dk, dv in dqkv (N, qkv_stride) = keep·(what is there) + the memory's part; partial (num_seqs, NH, CLUSTER) = Σ dA⊙(R−D). CLUSTER blocks a sequence and
-// head. AHEAD tiles on their way at a time. BLOCKS a multiprocessor.
-template <bool DELTA, int CLUSTER, int STAGES, int AHEAD, int BLOCKS>
-__global__ void __launch_bounds__(infini_hopper::SEQUENCE_THREADS, BLOCKS)
+// head, GROUPS warpgroups a block that compute: threads (THREADS, GROUPS + 1). AHEAD tiles at most from where loading one begins to where another is done.
+// BLOCKS a multiprocessor.
+template <bool DELTA, int CLUSTER, int GROUPS, int STAGES, int AHEAD, int BLOCKS>
+__global__ void __launch_bounds__(infini_hopper::THREADS*(GROUPS + 1), BLOCKS)
     infini_backward_kernel5(const __grid_constant__ CUtensorMap qkv, const __grid_constant__ CUtensorMap D, const __grid_constant__ CUtensorMap dA,
                             const __grid_constant__ CUtensorMap to_dqkv, InfiniPass p, const float* beta, floatX* dqkv, float* partial) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
     using namespace infini_hopper;
-    constexpr bool TURNS = CLUSTER > 1;
-    constexpr int STEP = CLUSTER * ROWS;
-    const SequenceShared<STAGES, CLUSTER> shared;
+    static_assert(STAGES % GROUPS == 0, "a ring's phases come round to the same warpgroup");
+    constexpr bool TURNS = CLUSTER * GROUPS > 1;
+    constexpr int STEP = CLUSTER * ROWS, OWN = 8 / GROUPS;  // OWN: columns of dM, in groups of eight, that a warpgroup adds up
+    const SequenceShared<CLUSTER, GROUPS, STAGES> shared;
+    const int warpgroup = __shfl_sync(0xffffffff, threadIdx.y, 0);  // which the compiler knows to be the same for a warp
     const int rank = CLUSTER > 1 ? cluster_rank() : 0, h = blockIdx.x / CLUSTER % p.heads, sequence = blockIdx.x / CLUSTER / p.heads;
     const int q_column = h * HS, k_column = p.channels() + h * HS, v_column = 2 * p.channels() + h * HS;
     auto is_read = [&](const InfiniSegment& s) { return s.read != INFINI_EMPTY || p.gated_first; };  // else keep is 1, and dq is complete
     auto is_written = [&](const InfiniSegment& s) { return s.write >= 0 && !s.last; };               // and read in this pass
     let_next_kernel_start();
-    if (threadIdx.x == 0) {
+    if (threadIdx.x == 0 && threadIdx.y == 0) {
         for (int i = 0; i < STAGES; i++) barrier_init(shared.full(i), 1), barrier_init(shared.done(i), THREADS);
         barrier_init(shared.written(), 1);
-        for (int i = 0; i < 2; i++) barrier_init(shared.memory_full(i), LOADERS), barrier_init(shared.memory_free(i), THREADS);
-        barrier_init(shared.read(), CLUSTER * THREADS / 32);
+        for (int i = 0; i < 2; i++) barrier_init(shared.memory_full(i), LOADERS), barrier_init(shared.memory_free(i), GROUPS * THREADS);
+        barrier_init(shared.read(), CLUSTER * GROUPS * THREADS / 32);
         barrier_init_fence();
     }
     if (CLUSTER > 1)
@@ -113,9 +121,9 @@ __global__ void __launch_bounds__(infini_hopper::SEQUENCE_THREADS, BLOCKS)
     else
         __syncthreads();
 
-    if (threadIdx.x >= THREADS) {
-        fewer_registers<BLOCKS == 2 ? 48 : 96>();
-        if (threadIdx.x == THREADS) {
+    if (warpgroup == GROUPS) {
+        fewer_registers<GROUPS == 2 ? 56 : BLOCKS == 2 ? 48 : 96>();
+        if (threadIdx.x == 0) {
             const int begin = p.sequences[sequence].first_segment, end = p.sequences[sequence + 1].first_segment;
             int tile = 0;
             auto store = [&](int i) {
@@ -135,6 +143,7 @@ __global__ void __launch_bounds__(infini_hopper::SEQUENCE_THREADS, BLOCKS)
                     if (!is_read(s) && !(keys && all)) continue;
                     for (int t = rank * ROWS; t < s.q_len; t += STEP, tile++) {
                         if (tile >= AHEAD) store(tile - AHEAD);
+                        if (LOADS < AHEAD && tile >= LOADS) barrier_wait(shared.full(tile - LOADS), (tile - LOADS) / STAGES % 2);
                         const int row = s.row + t;
                         const uint32_t stage = shared.stage(tile), full = shared.full(tile);
                         barrier_arrive_expect(full, (all ? 4 : 2) * PANEL);
@@ -152,9 +161,9 @@ __global__ void __launch_bounds__(infini_hopper::SEQUENCE_THREADS, BLOCKS)
             }
             for (int i = max(tile - AHEAD, 0); i < tile; i++) store(i);
             bulk_store_wait();
-        } else if (TURNS && threadIdx.x >= THREADS + 32) {
+        } else if (TURNS && threadIdx.x >= 32) {
             const int begin = p.sequences[sequence].first_segment, end = p.sequences[sequence + 1].first_segment;
-            const int thread = threadIdx.x - THREADS - 32;
+            const int thread = threadIdx.x - 32;
             for (int i = end - 1, use = 0; i >= begin; i--, use++) {
                 const InfiniSegment s = p.segments[i];
                 const float* memory = p.memory(s, h);
@@ -173,10 +182,12 @@ __global__ void __launch_bounds__(infini_hopper::SEQUENCE_THREADS, BLOCKS)
         }
         __syncwarp();
     } else {
-        more_registers<BLOCKS == 2 ? 208 : 240>();
+        more_registers<GROUPS == 2 ? 224 : BLOCKS == 2 ? 208 : 240>();
+        const int group = GROUPS > 1 ? warpgroup : 0;
         const int begin = p.sequences[sequence].first_segment, end = p.sequences[sequence + 1].first_segment;
         const float beta_h = beta[h];
-        auto meet = [&] { named_barrier(1, THREADS); };  // all that compute
+        auto meet = [&] { named_barrier(1 + group, THREADS); };                // this warpgroup
+        auto meet_all = [&] { named_barrier(1 + GROUPS, GROUPS * THREADS); };  // all that compute
         const uint32_t dM_panel = shared.dM();
         float dM[32], dz[4], sum = 0;  // dz: the numbers row_of(i) in dz[2·i] of every fourth thread
 #pragma unroll
@@ -195,7 +206,7 @@ __global__ void __launch_bounds__(infini_hopper::SEQUENCE_THREADS, BLOCKS)
             for (int e = 0; e < 16; e++) coming[e] = memory ? *(const float2*)(memory + HS + 2 * (threadIdx.x + e * THREADS)) : make_float2(0, 0);
             if (threadIdx.x < HS) coming_z = memory ? memory[threadIdx.x] : 0;
         };
-        if (!DELTA && end > begin) fetch(p.segments[end - 1]);
+        if (!DELTA && !TURNS && end > begin) fetch(p.segments[end - 1]);
         int tile = 0, parts = 0, use = 0;
         for (int i = end - 1; i >= begin; i--, use++) {
             if (TURNS) barrier_wait(shared.memory_full(use), use / 2 % 2);
@@ -215,30 +226,59 @@ __global__ void __launch_bounds__(infini_hopper::SEQUENCE_THREADS, BLOCKS)
                 for (int e = 0; e < 16; e++) store_pair(to_M[e % 2] + e / 2 * 1024, coming[e].x, coming[e].y);
                 if (threadIdx.x < HS) shared.z(use)[threadIdx.x] = coming_z;
             }
-            if (writes) {
-                if (TURNS && parts > 0) barrier_wait(shared.read(), (parts - 1) % 2);
-                float* to = TURNS ? shared.part_z(rank) : shared.dz();
+            auto own_dM = [&](int n) { return make_float4(dM[4 * n], dM[4 * n + 1], dM[4 * n + 2], dM[4 * n + 3]); };
+            if (writes && TURNS) {
+                if (parts > 0) barrier_wait(shared.read(), (parts - 1) % 2);
+                float4* part = shared.part(rank) + threadIdx.x;
+                if (GROUPS > 1) {  // what the other warpgroup adds up
 #pragma unroll
-                for (int e = 0; e < 2; e++)
-                    if (lane() % 4 == 0) to[row_of(e)] = dz[2 * e];
+                    for (int n = 0; n < 8; n++)
+                        if (n / OWN != group) part[n * THREADS] = own_dM(n);
+                    if (group > 0 && lane() % 4 == 0) {
 #pragma unroll
-                for (int n = 0; n < 8; n++) {
-                    float4 x = make_float4(dM[4 * n], dM[4 * n + 1], dM[4 * n + 2], dM[4 * n + 3]);
-                    if (TURNS)
-                        shared.part(rank)[n * THREADS + threadIdx.x] = x;
-                    else
-                        set_dM(n, x);
+                        for (int e = 0; e < 2; e++) shared.part_z(rank)[row_of(e)] = dz[2 * e];
+                    }
+                    meet_all();
                 }
-            }
-            async_fence();
-            if (!TURNS || writes) meet();
-            if (TURNS && writes && threadIdx.x == 0) {
-                barrier_arrive_expect(shared.written(), (CLUSTER - 1) * shared.PART);
-                for (int r = 1; r < CLUSTER; r++) copy_to_block(shared.part_address(rank), shared.PART, shared.written(), (rank + r) % CLUSTER);
+#pragma unroll
+                for (int n = 0; n < 8; n++)
+                    if (n / OWN == group) {
+                        float4 x = own_dM(n);
+                        if (GROUPS > 1) x = sum_of(x, part[n * THREADS]);
+                        if (CLUSTER > 1)
+                            part[n * THREADS] = x;
+                        else
+                            set_dM(n, x);
+                    }
+                if (group == 0 && lane() % 4 == 0) {
+#pragma unroll
+                    for (int e = 0; e < 2; e++) {
+                        float x = dz[2 * e];
+                        if (GROUPS > 1) x += shared.part_z(rank)[row_of(e)];
+                        (CLUSTER > 1 ? shared.part_z(rank) : shared.dz())[row_of(e)] = x;
+                    }
+                }
+                async_fence();
+                meet_all();
+                if (CLUSTER > 1 && threadIdx.x == 0 && group == 0) {
+                    barrier_arrive_expect(shared.written(), (CLUSTER - 1) * shared.PART);
+                    for (int r = 1; r < CLUSTER; r++) copy_to_block(shared.part_address(rank), shared.PART, shared.written(), (rank + r) % CLUSTER);
+                }
+            } else if (!TURNS) {
+                if (writes) {
+#pragma unroll
+                    for (int e = 0; e < 2; e++)
+                        if (lane() % 4 == 0) shared.dz()[row_of(e)] = dz[2 * e];
+#pragma unroll
+                    for (int n = 0; n < 8; n++) set_dM(n, own_dM(n));
+                }
+                async_fence();
+                meet();
             }
 
             // dq, dM, dz, dβ
             for (int t = rank * ROWS; t < s.q_len && reads; t += STEP, tile++) {
+                if (tile % GROUPS != group) continue;
                 const uint32_t q_panel = shared.stage(tile), dA_panel = q_panel + PANEL, D_panel = q_panel + 2 * PANEL, dq_panel = q_panel + 3 * PANEL;
                 const int n = s.q_len - t;
                 barrier_wait(shared.full(tile), tile / STAGES % 2);
@@ -338,18 +378,19 @@ __global__ void __launch_bounds__(infini_hopper::SEQUENCE_THREADS, BLOCKS)
             }
 
             // The sum of all blocks' parts
-            if (TURNS && writes) {
+            if (CLUSTER > 1 && writes) {
                 barrier_wait(shared.written(), parts % 2);
-                float4 x[8];
+                float4 x[OWN];
+                const int first = group * OWN;
 #pragma unroll
-                for (int n = 0; n < 8; n++) x[n] = shared.part(0)[n * THREADS + threadIdx.x];
+                for (int n = 0; n < OWN; n++) x[n] = shared.part(0)[(first + n) * THREADS + threadIdx.x];
 #pragma unroll
                 for (int r = 1; r < CLUSTER; r++)
 #pragma unroll
-                    for (int n = 0; n < 8; n++) x[n] = sum_of(x[n], shared.part(r)[n * THREADS + threadIdx.x]);
+                    for (int n = 0; n < OWN; n++) x[n] = sum_of(x[n], shared.part(r)[(first + n) * THREADS + threadIdx.x]);
 #pragma unroll
-                for (int n = 0; n < 8; n++) set_dM(n, x[n]);
-                if (threadIdx.x < HS) {
+                for (int n = 0; n < OWN; n++) set_dM(first + n, x[n]);
+                if (threadIdx.x < HS && group == 0) {
                     float x = shared.part_z(0)[threadIdx.x];
                     for (int r = 1; r < CLUSTER; r++) x += shared.part_z(r)[threadIdx.x];
                     shared.dz()[threadIdx.x] = x;
@@ -358,13 +399,14 @@ __global__ void __launch_bounds__(infini_hopper::SEQUENCE_THREADS, BLOCKS)
                 if (lane() < CLUSTER) barrier_arrive_at(shared.read(), lane());
                 parts++;
                 async_fence();
-                meet();
+                meet_all();
             }
 
-            if (!DELTA && i > begin) fetch(p.segments[i - 1]);
+            if (!DELTA && !TURNS && i > begin) fetch(p.segments[i - 1]);
 
             // dk, dv, with the delta rule dM and dz too
             for (int t = rank * ROWS; t < s.q_len && (writes || reads); t += STEP, tile++) {
+                if (tile % GROUPS != group) continue;
                 const uint32_t k_panel = shared.stage(tile), v_panel = k_panel + PANEL, dk = k_panel + 2 * PANEL, dv = k_panel + 3 * PANEL;
                 const int n = s.q_len - t;
                 barrier_wait(shared.full(tile), tile / STAGES % 2);
@@ -500,9 +542,12 @@ __global__ void __launch_bounds__(infini_hopper::SEQUENCE_THREADS, BLOCKS)
             if (TURNS) barrier_arrive(shared.memory_free(use));
         }
         sum = warp_sum(sum);
-        if (lane() == 0) shared.warps()[threadIdx.x / 32] = sum;
-        meet();
-        if (threadIdx.x == 0) partial[blockIdx.x] = shared.warps()[0] + shared.warps()[1] + shared.warps()[2] + shared.warps()[3];
+        if (lane() == 0) shared.warps()[group * 4 + threadIdx.x / 32] = sum;
+        meet_all();
+        if (threadIdx.x == 0 && group == 0) {
+            for (int w = 1; w < 4 * GROUPS; w++) sum += shared.warps()[w];
+            partial[blockIdx.x] = sum;
+        }
     }
     if (CLUSTER > 1) cluster_barrier();  // nobody leaves while others read here
 #endif

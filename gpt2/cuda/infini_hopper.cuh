@@ -116,6 +116,102 @@ __device__ inline void store_rows(bf16* to, int64_t stride, const char* panel, i
     }
 }
 
+// A tile of n queries in a stage of panels q, dA, D, dq: dq, dM, dz, and in `sum` this thread's part of Σ dA⊙(R−D). By a warpgroup; meet() is its barrier,
+// `rows` 64 numbers of its own. On return q is overwritten; what this thread's warp has written is in dq.
+template <class Meet>
+__device__ __forceinline__ void query_tile(float (&dM)[32], float (&dz)[4], float& sum, char* stage, uint32_t M, const float* z, float* rows, float g,
+                                           float keep, int n, Meet meet) {
+    const uint32_t q_panel = shared_address(stage), dA_panel = q_panel + PANEL, D_panel = q_panel + 2 * PANEL, dq_panel = q_panel + 3 * PANEL;
+    if (n < ROWS) {
+        for (int panel = 0; panel < 3; panel++) clear_rows(stage + panel * PANEL, n);
+        async_fence();
+        meet();
+    }
+    uint32_t f[4][4];
+    float c[32], inverse[2], dA_R[2] = {0, 0}, dA_D[2][4] = {}, dden[2], factor[2];
+    products_begin();
+#pragma unroll
+    for (int k = 0; k < 4; k++) product(c, panel_operand(dA_panel) + 2 * k, panel_operand(M) + 2 * k, k > 0);  // dA·Mᵀ
+    products_commit();
+    load_features(f, q_panel);
+    inverse_denominators(inverse, f, z);
+#pragma unroll
+    for (int k = 0; k < 4; k++) {
+        uint32_t x[4], y[4];
+        load_matrices(x, block_at(dA_panel, k));
+        load_matrices(y, rows_at(D_panel, k));
+        mma(dA_D[0], x, y[0], y[1]);
+        mma(dA_D[1], x, y[2], y[3]);
+    }
+#pragma unroll
+    for (int e = 0; e < 2; e++)  // the diagonal of dA·Dᵀ, 16 rows
+        if (lane() / 4 == lane() % 4 * 2 + e) sum -= dA_D[0][e] + dA_D[1][2 + e];
+    products_wait<0>();
+    products_done(c);
+    forget_float32(f);
+#pragma unroll
+    for (int k = 0; k < 4; k++)
+#pragma unroll
+        for (int j = 0; j < 4; j++) {  // dA·(Φ(q)M) = (dA·Mᵀ)·Φ(q)
+            float2 a = unpack_bf16(f[k][j]);
+            dA_R[j % 2] += a.x * c[8 * k + 2 * j] + a.y * c[8 * k + 2 * j + 1];
+        }
+#pragma unroll
+    for (int e = 0; e < 2; e++) {
+        float R = sum_of_row(dA_R[e]) * inverse[e];
+        if (lane() % 4 == 0) {
+            rows[row_of(e)] = -R;  // dden / (g/den)
+            if (row_of(e) < n) sum += R;
+        }
+        dden[e] = -g * R * inverse[e];
+        factor[e] = g * inverse[e];
+    }
+#pragma unroll
+    for (int k = 0; k < 4; k++) {  // Φ·g/den takes the place of q
+        uint32_t x[4];
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            float2 a = unpack_bf16(f[k][j]);
+            x[j] = pack_bf16(a.x * factor[j % 2], a.y * factor[j % 2]);
+        }
+        store_matrices(block_at(q_panel, k), x);
+    }
+    async_fence();
+    meet();
+    products_begin();
+#pragma unroll
+    for (int k = 0; k < 4; k++)
+        product<1, 1>(dM, panel_operand_transposed(q_panel, PANEL) + 128 * k, panel_operand_transposed(dA_panel, PANEL) + 128 * k, true);
+    products_commit();
+#pragma unroll
+    for (int k = 0; k < 4; k++) {  // dz += (Φ·g/den)ᵀ·(dden·den/g), which is the first column of an operand B
+        uint32_t x[4], w[2];
+        load_matrices_transposed(x, transposed_block_at(q_panel, k));
+#pragma unroll
+        for (int e = 0; e < 2; e++) {
+            float2 r = *(const float2*)(rows + 16 * k + 8 * e + lane() % 4 * 2);
+            w[e] = lane() < 4 ? pack_bf16(r.x, r.y) : 0;
+        }
+        mma(dz, x, w[0], w[1]);
+    }
+#pragma unroll
+    for (int k = 0; k < 4; k++) {
+        uint32_t x[4];
+        load_matrices(x, block_at(dq_panel, k));
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            float2 d = unpack_bf16(x[j]), a = unpack_bf16(f[k][j]), zc = *(const float2*)(z + column_of(k, j));
+            d.x = keep * d.x + (factor[j % 2] * c[8 * k + 2 * j] + dden[j % 2] * zc.x) * min(1.f, a.x);
+            d.y = keep * d.y + (factor[j % 2] * c[8 * k + 2 * j + 1] + dden[j % 2] * zc.y) * min(1.f, a.y);
+            x[j] = pack_bf16(d.x, d.y);
+        }
+        store_matrices(block_at(dq_panel, k), x);
+    }
+    async_fence();
+    products_wait<0>();
+    products_done(dM);
+}
+
 // Rows of two heads, `second` apart, times a factor, in device memory.
 __device__ inline void scale_rows(bf16* x, int64_t stride, int second, int n, float factor) {
 #pragma unroll 8
@@ -392,107 +488,22 @@ __global__ void __launch_bounds__(infini_hopper::THREADS, 3)
             const float g = p.gate(s, beta[head]), keep = p.keep(g);
             float sum = 0;
             for (int t = 0; t < s.q_len; t += ROWS, tile++) {
-                const uint32_t q_panel = shared.stage(tile), dA_panel = q_panel + PANEL, D_panel = q_panel + 2 * PANEL, dq_panel = q_panel + 3 * PANEL;
+                const uint32_t dq_panel = shared.stage(tile) + 3 * PANEL;
                 const int n = s.q_len - t;
                 barrier_wait(shared.full(tile), tile / STAGES % 2);
-                if (n < ROWS) {
-                    for (int panel = 0; panel < 3; panel++) clear_rows(shared.pointer(q_panel + panel * PANEL), n);
-                    async_fence();
-                    __syncthreads();
-                }
-                uint32_t f[4][4];
-                float c[32], inverse[2], dA_R[2] = {0, 0}, dA_D[2][4] = {}, dden[2], factor[2];
-                products_begin();
-#pragma unroll
-                for (int k = 0; k < 4; k++) product(c, panel_operand(dA_panel) + 2 * k, panel_operand(M) + 2 * k, k > 0);  // dA·Mᵀ
-                products_commit();
-                load_features(f, q_panel);
-                inverse_denominators(inverse, f, z);
-#pragma unroll
-                for (int k = 0; k < 4; k++) {
-                    uint32_t x[4], y[4];
-                    load_matrices(x, block_at(dA_panel, k));
-                    load_matrices(y, rows_at(D_panel, k));
-                    mma(dA_D[0], x, y[0], y[1]);
-                    mma(dA_D[1], x, y[2], y[3]);
-                }
-#pragma unroll
-                for (int e = 0; e < 2; e++)  // the diagonal of dA·Dᵀ, 16 rows
-                    if (lane() / 4 == lane() % 4 * 2 + e) sum -= dA_D[0][e] + dA_D[1][2 + e];
-                products_wait<0>();
-                products_done(c);
-                forget_float32(f);
-#pragma unroll
-                for (int k = 0; k < 4; k++)
-#pragma unroll
-                    for (int j = 0; j < 4; j++) {  // dA·(Φ(q)M) = (dA·Mᵀ)·Φ(q)
-                        float2 a = unpack_bf16(f[k][j]);
-                        dA_R[j % 2] += a.x * c[8 * k + 2 * j] + a.y * c[8 * k + 2 * j + 1];
-                    }
-#pragma unroll
-                for (int e = 0; e < 2; e++) {
-                    float R = sum_of_row(dA_R[e]) * inverse[e];
-                    if (lane() % 4 == 0) {
-                        shared.sums()[row_of(e)] = -R;  // dden / (g/den)
-                        if (row_of(e) < n) sum += R;
-                    }
-                    dden[e] = -g * R * inverse[e];
-                    factor[e] = g * inverse[e];
-                }
-#pragma unroll
-                for (int k = 0; k < 4; k++) {  // Φ·g/den takes the place of q
-                    uint32_t x[4];
-#pragma unroll
-                    for (int j = 0; j < 4; j++) {
-                        float2 a = unpack_bf16(f[k][j]);
-                        x[j] = pack_bf16(a.x * factor[j % 2], a.y * factor[j % 2]);
-                    }
-                    store_matrices(block_at(q_panel, k), x);
-                }
-#pragma unroll
-                for (int k = 0; k < 4; k++) {
-                    uint32_t x[4];
-                    load_matrices(x, block_at(dq_panel, k));
-#pragma unroll
-                    for (int j = 0; j < 4; j++) {
-                        float2 d = unpack_bf16(x[j]), a = unpack_bf16(f[k][j]), zc = *(const float2*)(z + column_of(k, j));
-                        d.x = keep * d.x + (factor[j % 2] * c[8 * k + 2 * j] + dden[j % 2] * zc.x) * min(1.f, a.x);
-                        d.y = keep * d.y + (factor[j % 2] * c[8 * k + 2 * j + 1] + dden[j % 2] * zc.y) * min(1.f, a.y);
-                        x[j] = pack_bf16(d.x, d.y);
-                    }
-                    store_matrices(block_at(dq_panel, k), x);
-                }
-                async_fence();
+                query_tile(dM, dz, sum, shared.pointer(shared.stage(tile)), M, z, shared.sums() + tile % 2 * ROWS, g, keep, n, [] { __syncthreads(); });
                 __syncthreads();
-                products_begin();
-#pragma unroll
-                for (int k = 0; k < 4; k++)
-                    product<1, 1>(dM, panel_operand_transposed(q_panel, PANEL) + 128 * k, panel_operand_transposed(dA_panel, PANEL) + 128 * k, true);
-                products_commit();
-#pragma unroll
-                for (int k = 0; k < 4; k++) {  // dz += (Φ·g/den)ᵀ·(dden·den/g), which is the first column of an operand B
-                    uint32_t x[4], w[2];
-                    load_matrices_transposed(x, transposed_block_at(q_panel, k));
-#pragma unroll
-                    for (int e = 0; e < 2; e++) {
-                        float2 r = *(const float2*)(shared.sums() + 16 * k + 8 * e + lane() % 4 * 2);
-                        w[e] = lane() < 4 ? pack_bf16(r.x, r.y) : 0;
-                    }
-                    mma(dz, x, w[0], w[1]);
-                }
                 if (n < ROWS) {
                     store_rows(dqkv + (s.row + t) * p.qkv_stride() + head * HS, p.qkv_stride(), shared.pointer(dq_panel), n);
+                    __syncthreads();
                 } else if (threadIdx.x == 0) {
                     bulk_store(&dq, dq_panel, head * HS, s.row + t);
                     bulk_store_commit();
                 }
-                products_wait<0>();
-                products_done(dM);
-                __syncthreads();
                 if (threadIdx.x == 0) load(tile + STAGES);
             }
             sum = warp_sum(sum);
-            float* sums = shared.sums() + ROWS;
+            float* sums = shared.sums() + 2 * ROWS;
             if (lane() == 0) sums[threadIdx.x / 32] = sum;
             __syncthreads();
             if (threadIdx.x == 0) partial[(int64_t)i * p.heads + head] = sums[0] + sums[1] + sums[2] + sums[3];

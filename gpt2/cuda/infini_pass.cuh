@@ -50,6 +50,7 @@ struct InfiniPass {
     int group;                                 // segments that one block of Hopper's kernels sums over, one behind another
     int sequence_blocks;                       // blocks that share a head of a sequence in infini_backward_kernel5; 0: it is not used
     int write_blocks;                          // the same for infini_write_kernel5 and kv heads
+    int ranges;                                // of all tokens, for infini_query_backward_kernel6 and its other half; 0: they are not used
     const int* cu_seqlens;                     // (num_seqs+1)
     const TokenPlace* place;                   // (N)
     const floatX* qkv;                         // (N, qkv_stride), not rotated
@@ -310,6 +311,13 @@ inline int infini_sequence_blocks(const InfiniPass& p) {
     return p.delta && sequences * SHARED >= enough && p.segment >= SHARED * ROWS ? SHARED : 0;
 }
 
+// Backward of the linear rule where that does not do: two heads and a range a block.
+inline int infini_ranges(const InfiniPass& p) {
+    constexpr int HEADS = 2, SHORTEST = 64;  // a block has to change memories with every segment
+    if (!p.hopper || p.delta || !p.one_gate() || p.heads % HEADS > 0 || p.max_len == 0 || p.sequence_blocks > 0 || p.segment < SHORTEST) return 0;
+    return std::max(1, device_properties().multiProcessorCount / (p.heads / HEADS));
+}
+
 // Write in one kernel: under the delta rule always, its segments wait for one another anyway; four blocks share a sequence where there are few.
 inline int infini_write_blocks(const InfiniPass& p) {
     constexpr int SHARED = 4, ROWS = 64;
@@ -346,6 +354,7 @@ inline void infini_begin(cudaStream_t stream, InfiniPass& p, const int* cu_seqle
     p.group = infini_group(p);
     p.sequence_blocks = infini_sequence_blocks(p);
     p.write_blocks = infini_write_blocks(p);
+    p.ranges = infini_ranges(p);
     infini_sequences_kernel<<<1, 32, 0, stream>>>(p, source);
     LAUNCH_CHECK();
     infini_segments_kernel<<<(unsigned)ceil_div(std::max<int64_t>(p.max_segments + 1, p.num_tokens), 256), 256, 0, stream>>>(p);

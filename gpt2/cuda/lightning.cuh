@@ -32,6 +32,7 @@
 //   lightning_states_kernel6     for Hopper: the states before chunks, where forward has not left them   (lightning_hopper.cuh)
 //   lightning_span_kernel8       for Hopper: what spans or tails add to the states between them          (lightning_hopper.cuh)
 //   lightning_forward_kernel8, lightning_backward_kernel9   the same up to head size 64: warpgroups with roles      (lightning_roles.cuh)
+//   lightning_backward_kernel10  and above it                                                                (lightning_wide.cuh)
 //
 // The numbers are those of the ladders dev/cuda/lightning_forward.cu, lightning_backward.cu and lightning_gate.cu, which say what was tried and expected.
 #pragma once
@@ -41,6 +42,7 @@
 #include "lightning_roles.cuh"
 #include "lightning_sweep.cuh"
 #include "lightning_tensor_cores.cuh"
+#include "lightning_wide.cuh"
 
 namespace gpu {
 
@@ -360,12 +362,17 @@ struct LightningHopper {
     Lightning g, d;  // of the sweeps from the first chunk to the last, and of those back
     Lightning r;     // of the kernels whose warpgroups have roles, which are used if `roles`
     LightningMaps maps;
-    bool roles;
+    bool roles, wide;  // wide: backward at head sizes above 64
 
     // u (N,3C); `states` (lightning_states() numbers): S before chunks, or null; d_o (N,C) and du (N,3C), or in the forward pass null and o (N,C).
     LightningHopper(cudaStream_t stream, const Lightning& pass, const floatX* u, const floatX* states, const floatX* d_o, const floatX* out,
                     const LightningMethod& method)
-        : stream(stream), g(pass), d(pass), r(pass), roles(method.roles && pass.hs <= 64 && pass.every == 1) {
+        : stream(stream),
+          g(pass),
+          d(pass),
+          r(pass),
+          roles(method.roles && pass.hs <= 64 && pass.every == 1),
+          wide(method.roles && pass.hs > 64 && pass.every == 1) {
         int64_t C = g.channels(), hs = g.hs, N = g.tokens, count = std::max<int64_t>(N >> (6 + g.every), 1) * g.heads, parts = d_o ? 3 : 1;
         maps.u = tensor_map<3>(u, {hs, 3 * g.heads, N}, {hs, 3 * C}, {64, 1, 64});
         maps.d_o = d_o ? tensor_map<3>(d_o, {hs, g.heads, N}, {hs, C}, {64, 1, 64}) : maps.u;
@@ -448,7 +455,14 @@ struct LightningHopper {
         }
         int64_t blocks = ranges ? (int64_t)ranges * r.heads : std::min<int64_t>((int64_t)r.num_seqs * r.heads, processors);
         // Neighbouring heads side by side: as many as leave room for all blocks at a time.
-        const int cluster = r.heads % 4 == 0 && lightning_clusters(kernel, 4, threads, shared) >= blocks ? 4 : r.heads % 2 == 0 ? 2 : 1;
+        auto together = [&](int cluster) { return r.heads % cluster == 0 && lightning_clusters(kernel, cluster, threads, shared) >= blocks; };
+        const int cluster = together(4) ? 4 : r.heads % 2 == 0 ? 2 : 1;
+        // Steps of two chunks; longer ones if there are more than can be counted.
+        const int64_t chunks = ranges ? r.range_chunks() : ceil_div((int64_t)r.num_seqs * r.heads, blocks) * ceil_div((int64_t)r.max_len, 64);
+        if (chunks >= 32 && together(cluster)) {
+            r.step = (int)std::max<int64_t>(2, ceil_div(chunks, lightning_roles::STEPS));
+            r.steps = (int)ceil_div(chunks, r.step);
+        }
         launch_overlapping(stream, ranges > 1, cluster, kernel, blocks / cluster * cluster, threads, shared, r, arguments...);
         LAUNCH_CHECK();
     }
@@ -477,6 +491,10 @@ struct LightningHopper {
         borders(true, scratch);
         Lightning pass = d;
         pass.memory_from = g.memory_from;
+        if (wide) {
+            launch(lightning_backward_kernel10, lightning_wide::THREADS, lightning_wide::SHARED, pass, du, maps);
+            return;
+        }
         with_size([&](auto HS) {
             using Shape = lightning_wgmma::Shape<HS.value>;
             launch(lightning_backward_kernel8<HS.value>, Shape::THREADS, Shape::BACKWARD_SHARED, pass, du, maps);

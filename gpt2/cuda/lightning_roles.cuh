@@ -134,15 +134,46 @@ __device__ __forceinline__ void start_state(float (&s)[32], const Lightning& g, 
     named_barrier(8, 128 * WARPGROUPS);
 }
 
+// How many clusters have begun a step, modulo 2^16: the first one counts for all that are missing to 2^16. So a counter has gone round when all have begun,
+// and nobody need set it back before the next launch.
+constexpr int STEPS = 1024;
+static __device__ unsigned lightning_steps_begun[STEPS];
+
 // Blocks of a cluster have neighbouring heads of the same span. Their copies keep in step, so that what lies side by side in memory is fetched at one time.
+//
+// And memory does not serve all clusters alike: on a GPC that holds four they take longer than on one that holds three. Left alone they would end that much
+// later, while memory is half idle. So nobody copies much beyond the beginning of a step before all have begun the one before; the answer to whether they have
+// is on its way until the next chunk's turn. Only time depends on it, no result: who has asked in vain for long (a launch on another stream counts in the same
+// places) asks no more.
 struct Pace {
     uint32_t barrier;
-    int blocks, parity = 0;
-    __device__ void step() {
+    int blocks, step, steps;
+    int parity = 0, begun = 0, left = 0, patience = 256;
+    unsigned missing = 0;  // 0: all have begun the step before
+    bool counts = steps > 0 && blockIdx.x % blocks == 0;
+
+    __device__ void begin_step() { atomicAdd(lightning_steps_begun + begun++, blockIdx.x == 0 ? 65537 - gridDim.x / blocks : 1); }
+    __device__ void ask() { missing = *(volatile const unsigned*)(lightning_steps_begun + begun - 2) & 0xffff; }
+    // Before a chunk's copies are started, and when they are.
+    __device__ void wait() {
+        for (int asked = 0; missing && patience; asked++) {
+            ask();
+            if (asked == patience) patience = 0;
+        }
         if (blocks == 1) return;
         for (int r = 0; r < blocks; r++) barrier_arrive_at(barrier, r);
         barrier_wait(barrier, parity);
         parity ^= 1;
+    }
+    __device__ void started() {
+        if (!counts || left-- > 0 || begun == steps) return;
+        left = step - 1;
+        begin_step();
+        if (begun > 1) ask();
+    }
+    // No chunk is left.
+    __device__ void finish() {
+        while (counts && begun < steps) begin_step();
     }
 };
 __device__ inline int cluster_size() {
@@ -229,19 +260,22 @@ __global__ void __launch_bounds__(lightning_roles::Forward::THREADS, 1)
     Ring<STAGES> stage;
     Ring<STATES> state;
     if (role == 3) {
-        Pace pace = {taken + 8 * STATES, who.blocks};
-        if (leader)
+        Pace pace = {taken + 8 * STATES, who.blocks, g.step, g.steps};
+        if (leader) {
             for_spans<false>(g, [&](const LightningSpan& q, int h, int chunks) {
                 for (int k = 0; k < chunks; k++, stage.next()) {
                     const uint32_t barrier = full + 8 * stage.at;
                     barrier_wait(empty + 8 * stage.at, stage.parity ^ 1);
-                    pace.step();
+                    pace.wait();
                     barrier_arrive_expect(barrier, 3 * TILE);
 #pragma unroll
                     for (int t = 0; t < 3; t++)
                         bulk_load(memory + stage.at * Shape::STAGE + t * TILE, &maps.u, barrier, 0, t * g.heads + h, q.begin + q.first + k * CHUNK);
+                    pace.started();
                 }
             });
+            pace.finish();
+        }
     } else if (role == 0) {
         if (g.range) wait_for_kernel_before();  // for tails. All that is written waits for S, too
         const Place place(warp);
@@ -404,8 +438,8 @@ __global__ void __launch_bounds__(lightning_roles::Backward::THREADS, 1)
     unsigned i = 0, even = 0;  // chunks so far, and those with even numbers
     if (role == 4) {
         fewer_registers<40>();
-        Pace pace = {ready(0) + 6 * 8, who.blocks};
-        if (leader)
+        Pace pace = {ready(0) + 6 * 8, who.blocks, g.step, g.steps};
+        if (leader) {
             for_spans<true>(g, [&](const LightningSpan& q, int h, int chunks) {
                 for (int chunk = chunks - 1; chunk >= 0; chunk--, i++) {
                     const uint32_t barrier = full(i), to = stage(i);
@@ -413,15 +447,18 @@ __global__ void __launch_bounds__(lightning_roles::Backward::THREADS, 1)
                     const int row = q.begin + q.first + chunk * CHUNK;
                     barrier_wait(empty(i), ~(i / STAGES) & 1);
                     if (chunk % 2 == 0) barrier_wait(state_used(even), ~(even / 2) & 1);
-                    pace.step();
+                    pace.wait();
                     barrier_arrive_expect(barrier, (left ? 5 : 4) * TILE);
 #pragma unroll
                     for (int t = 0; t < 3; t++) bulk_load(to + t * TILE, &maps.u, barrier, 0, t * g.heads + h, row);
                     bulk_load(to + 3 * TILE, &maps.d_o, barrier, 0, h, row);
                     if (left) bulk_load(state(even), &maps.states, barrier, 0, 0, g.state(q, chunk, h), 0);
                     if (chunk % 2 == 0) even++;
+                    pace.started();
                 }
             });
+            pace.finish();
+        }
     } else if (role == 0) {
         fewer_registers<80>();
         if (g.range) wait_for_kernel_before();  // for tails. All that is written waits for D, too

@@ -42,6 +42,7 @@ struct Lightning {
     float* borders = nullptr;  // (N/span, NH,hs,hs): states between spans
     int range = 0;             // spans that a block of lightning_roles.cuh takes
     int tail = 0;              // then borders hold, for a border between ranges, sums over so many of the chunks before (behind) it, in turn: tails
+    int step = 0, steps = 0;   // the chunks a block takes, in so many steps of so many: no block runs far ahead of the others (Pace). 0: each on its own
     int every = 1;             // forward leaves for backward the states before every 2^every chunks of 64 tokens, of which spans are multiples
 
     HOST_DEVICE int64_t channels() const { return (int64_t)heads * hs; }

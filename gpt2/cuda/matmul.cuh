@@ -1,5 +1,5 @@
 // Matrix products and the linear layer: cuBLASLt, with kernels of our own for what it refuses and, on Hopper, for what it does more slowly
-// (matmul_hopper.cuh, matmul_gelu_hopper.cuh).
+// (matmul_hopper.cuh, matmul_fused_hopper.cuh).
 //
 //     C (M,N) = alpha·op(A) (M,K) · op(B) (K,N) + beta·C        row-major; inputs floatX, sums float32, C floatX or float32
 //
@@ -31,7 +31,7 @@
 #include "bias.cuh"
 #include "common.cuh"
 #include "gelu.cuh"
-#include "matmul_gelu_hopper.cuh"
+#include "matmul_fused_hopper.cuh"
 #include "matmul_hopper.cuh"
 #include "numbers.cuh"
 
@@ -203,7 +203,7 @@ using MatmulKey = std::array<int64_t, 21>;
 enum { KEY_EPILOGUE = 10, KEY_ALIGN_A = 12, KEY_ALIGN_B, KEY_ALIGN_C, KEY_ALIGN_MATRIX, KEY_ALIGN_BIAS };
 
 struct MatmulPlan {
-    // HOPPER: matmul_hopper.cuh. SEPARATE: the product by itself, which has a plan of its own, then the epilogue's kernels
+    // HOPPER: our own for Hopper. SEPARATE: the product by itself, which has a plan of its own, then the epilogue's kernels
     enum How { UNDECIDED, CUBLASLT, SEPARATE, OWN, HOPPER };
     How how = UNDECIDED;
     cublasLtMatmulAlgo_t algorithm = {};  // a plain value, valid for this version of cuBLASLt
@@ -470,16 +470,17 @@ inline bool matmul_hopper(cudaStream_t stream, const MatmulCall<Out>& c) {
     if constexpr (std::is_same_v<Out, floatX>) {
         const MatmulEpilogue& e = c.epilogue;
         if (c.ta != NO || c.alpha != 1 || c.beta != 0 || c.batch.count > 1) return false;
-        if (e.dgelu_input) {
-            HopperGelu m = {c.M, c.N, c.K, c.A, c.lda, c.B, c.ldb, c.ldc, nullptr, (floatX*)e.dgelu_input, c.C, e.column_sums, true};
-            return c.tb == NO && !e.bias && !e.residual && hopper_gelu_takes(m) && (hopper_gelu(stream, m), true);
+        auto fused = [&](Fused what, const floatX* second, float* sums) {
+            HopperFused m = {what, c.M, c.N, c.K, c.A, c.lda, c.B, c.ldb, c.C, c.ldc, e.bias, second, sums};
+            return hopper_fused_takes(m) && (hopper_fused(stream, m), true);
+        };
+        if (c.tb == NO) {
+            if (e.bias || e.residual || e.gelu_input) return false;
+            return e.dgelu_input ? fused(Fused::GELU_BACKWARD, e.dgelu_input, e.column_sums) : fused(Fused::NOTHING, nullptr, nullptr);
         }
-        if (c.tb != YES) return false;
-        if (e.residual) return false;
-        if (e.gelu_input) {
-            HopperGelu m = {c.M, c.N, c.K, c.A, c.lda, c.B, c.ldb, c.ldc, e.bias, e.gelu_input, c.C, nullptr, false};
-            return hopper_gelu_takes(m) && (hopper_gelu(stream, m), true);
-        }
+        if (e.dgelu_input || (e.gelu_input && e.residual)) return false;
+        if (e.gelu_input) return fused(Fused::GELU, e.gelu_input, nullptr);
+        if (e.residual) return fused(Fused::RESIDUAL, e.residual, nullptr);
         HopperMatmul m = {c.M, c.N, c.K, c.A, c.lda, c.B, c.ldb, c.C, c.ldc, e.bias};
         if (!hopper_matmul_takes(m)) return false;
         hopper_matmul(stream, m);
@@ -489,11 +490,16 @@ inline bool matmul_hopper(cudaStream_t stream, const MatmulCall<Out>& c) {
     (void)stream, (void)c;
     return false;
 }
-// Where they were faster than cuBLASLt's first choice: a short sum, wide rows, tiles of 128 x 192 enough to go round; with GELU' if columns are summed too.
+// Where they were faster than cuBLASLt's first choice, at GPT-2's sizes: tiles of 128 x 192 enough to go round, which C fills to nine tenths (as a whole where
+// there is nothing behind the product), and sums that are not too long.
 template <class Out>
 inline bool matmul_hopper_first(const MatmulCall<Out>& c) {
-    if (c.epilogue.dgelu_input && !c.epilogue.column_sums) return false;
-    return c.K <= 1024 && c.N >= 2 * c.K && ceil_div(c.M, 128) * ceil_div(c.N, 192) >= 4 * device_properties().multiProcessorCount;
+    const MatmulEpilogue& e = c.epilogue;
+    const int64_t rows = ceil_div(c.M, 128), columns = ceil_div(c.N, 192);
+    if (rows * columns < 4 * device_properties().multiProcessorCount || 10 * c.N < 9 * 192 * columns) return false;
+    if (e.gelu_input || e.dgelu_input) return c.K <= 2048;
+    if (c.tb == NO) return c.K <= 4096 && c.N == 192 * columns;
+    return e.residual ? c.K <= 8192 : c.K <= 2048 && c.N >= 2 * c.K;
 }
 
 // Times the candidates, and the separate way where there is an epilogue: fused is not always faster. The call's own buffers are used, since products of

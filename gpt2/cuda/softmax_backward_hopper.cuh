@@ -65,11 +65,6 @@ __device__ inline float load_shared(uint32_t address) {
     asm volatile("ld.shared.f32 %0, [%1];" : "=f"(x) : "r"(address) : "memory");
     return x;
 }
-__device__ inline float2 load_shared2(uint32_t address) {
-    float2 x;
-    asm volatile("ld.shared.v2.f32 {%0,%1}, [%2];" : "=f"(x.x), "=f"(x.y) : "r"(address) : "memory");
-    return x;
-}
 
 // Buffers that are filled and emptied in turn. `full` completes when all copying threads have arrived, `empty` when the computing warps have.
 struct Ring7 {
@@ -424,7 +419,7 @@ __global__ void __launch_bounds__(THREADS7, 1)
                 uint32_t weights[OTHERS / 16][4], ds[OTHERS / 16][4];
                 auto stage = [&](int i) { return tiles_at + i * Shape::STAGE; };
                 auto statistic = [&](int i, int which, int n) {  // of two queries of this lane
-                    return load_shared2(base + Shape::TILE_STATS + i * Shape::STATS + which * (OTHERS * 4) + n * 32 + lane % 4 * 8);
+                    return load_shared_pair(base + Shape::TILE_STATS + i * Shape::STATS + which * (OTHERS * 4) + n * 32 + lane % 4 * 8);
                 };
                 // Pᵀ of the tile, from the scores.
                 auto exponentials = [&](float(&p)[OTHERS / 2]) {

@@ -12,7 +12,7 @@
 //
 //     softmax_forward_kernel2   any sizes and strides, float32 arithmetic: float32's only kernel, and bf16's for what the other does not take
 //     softmax_forward_kernel5   tensor cores: bf16, d_qk <= 192, d_v <= 128, all sizes and strides multiples of 8
-//     softmax_forward_kernel6   the same on Hopper GPUs, where there is no dropout: softmax_forward_hopper.cuh
+//     softmax_forward_kernel6   the same on Hopper GPUs, where there is no dropout: softmax_forward_hopper.cuh (with two warpgroups it is the ladder's 7)
 //
 // The numbers are those of the ladder, dev/cuda/attention_forward.cu, where the versions before them stand.
 // FLOPs: 2·(d_qk+d_v) for each visible pair and head. Memory: q, k, v, o once each, while the keys and values of the heads at work fit the L2 cache.
