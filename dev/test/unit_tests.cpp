@@ -603,7 +603,7 @@ TEST_CASE("dataset: what --data may name") {
     check_error(EXIT_DATA, {"zero.bin", "empty"}, [&] { open_dataset(put("zero.bin", shard_file({})), ids); });
     check_error(EXIT_DATA, {"model.bin", "neither"}, [&] { open_dataset(put("model.bin", shard_header(20240326, 3, 1)), bytes); });
     put("text2.txt", "Only shards go together.");
-    check_error(EXIT_DATA, {"text.txt", "magic"}, [&] { open_dataset(temporary("text*.txt"), bytes); });
+    check_error(EXIT_DATA, {"text.txt", "no token shard", "text*.txt", "by itself"}, [&] { open_dataset(temporary("text*.txt"), bytes); });
     check_error(EXIT_DATA, {directory.path, "regular"}, [&] { open_dataset(directory.path, bytes); });
 }
 
