@@ -569,9 +569,7 @@ inline void infini_sequence_backward(cudaStream_t stream, const InfiniPass& p, c
                        infini_channels_map(p, D), infini_channels_map(p, dA), infini_qkv_map(p, dqkv), p, beta, dqkv, partial);
     LAUNCH_CHECK();
 }
-#endif
 
-#ifndef GPU_FLOAT32
 // The same where sequences are few, queries and keys one behind the other.
 inline void infini_range_backward(cudaStream_t stream, const InfiniPass& p, const float* beta, float* dbeta, const floatX* D, const floatX* dA, floatX* dqkv,
                                   float* dmemories) {
@@ -579,8 +577,10 @@ inline void infini_range_backward(cudaStream_t stream, const InfiniPass& p, cons
     Scratch rest = {workspace(), WORKSPACE_BYTES};
     InfiniParts parts = {rest.take<float>(p.memory_at(p.ranges, 0)), rest.take<float>((int64_t)p.ranges * p.heads), rest.take<int>(p.max_memories),
                          rest.take<int>(p.num_seqs)};
+    assert(p.heads % infini_hopper::RANGE_HEADS == 0);
     const int64_t blocks = (int64_t)p.ranges * (p.heads / infini_hopper::RANGE_HEADS);
     const dim3 threads(infini_hopper::THREADS, infini_hopper::RANGE_HEADS + 1);
+    // The first does not overlap what is before it: the second fetches k, v, dk, dv without waiting, and relies on that.
     launch_overlapping(stream, false, 1, infini_query_backward_kernel6<STAGES, AHEAD>, blocks, threads, SHARED, infini_qkv_map(p, p.qkv),
                        infini_channels_map(p, D), infini_channels_map(p, dA), infini_qkv_map(p, dqkv), p, beta, dqkv, dmemories, parts);
     LAUNCH_CHECK();

@@ -91,7 +91,7 @@ __device__ inline void copy_to_block(uint32_t address, int bytes, uint32_t barri
 }  // namespace infini_hopper
 
 // dq, dk, dv in dqkv (N, qkv_stride) = keep·(what is there) + the memory's part; partial (num_seqs, NH, CLUSTER) = Σ dA⊙(R−D). CLUSTER blocks a sequence and
-// head, GROUPS warpgroups a block that compute: threads (THREADS, GROUPS + 1). AHEAD tiles at most from where loading one begins to where another is done.
+// head, GROUPS warpgroups a block that compute: threads (THREADS, GROUPS + 1). At most AHEAD tiles at a time are being loaded or worked on.
 // BLOCKS a multiprocessor.
 template <bool DELTA, int CLUSTER, int GROUPS, int STAGES, int AHEAD, int BLOCKS>
 __global__ void __launch_bounds__(infini_hopper::THREADS*(GROUPS + 1), BLOCKS)
@@ -100,6 +100,7 @@ __global__ void __launch_bounds__(infini_hopper::THREADS*(GROUPS + 1), BLOCKS)
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
     using namespace infini_hopper;
     static_assert(STAGES % GROUPS == 0, "a ring's phases come round to the same warpgroup");
+    static_assert(GROUPS <= 2, "each adds up half of both parts of dM");
     constexpr bool TURNS = CLUSTER * GROUPS > 1;
     constexpr int STEP = CLUSTER * ROWS, OWN = 8 / GROUPS;  // OWN: columns of dM, in groups of eight, that a warpgroup adds up
     const SequenceShared<CLUSTER, GROUPS, STAGES> shared;

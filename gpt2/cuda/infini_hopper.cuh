@@ -117,7 +117,7 @@ __device__ inline void store_rows(bf16* to, int64_t stride, const char* panel, i
 }
 
 // A tile of n queries in a stage of panels q, dA, D, dq: dq, dM, dz, and in `sum` this thread's part of Σ dA⊙(R−D). By a warpgroup; meet() is its barrier,
-// `rows` 64 numbers of its own. On return q is overwritten; what this thread's warp has written is in dq.
+// `rows` 64 numbers, other ones than for the tile before. On return q is overwritten, and each warp has stored its 16 rows of dq: others need a barrier.
 template <class Meet>
 __device__ __forceinline__ void query_tile(float (&dM)[32], float (&dz)[4], float& sum, char* stage, uint32_t M, const float* z, float* rows, float g,
                                            float keep, int n, Meet meet) {

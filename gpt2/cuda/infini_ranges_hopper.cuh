@@ -10,7 +10,7 @@
 // neighbouring heads, which lie side by side in device memory, 256 bytes of a row: a computing warpgroup for each, and one thread that copies tiles there and
 // back, of both heads by turns. It walks from the end of its range to the start. Queries: dM of the sequence stays in registers; it is left in device memory
 // where a segment begins (dmemories: for the segment before), and at the start of the range (sums). The keys of a segment need the former, where the next
-// segment begins, and the latter of all ranges from there to the end of the sequence. Nobody adds these up but the blocks that need them, in one order.
+// segment begins, and the latter of all later ranges, to the end of the sequence. Nobody adds these up but the blocks that need them, in one order.
 //
 // What else a block loads stands in line behind its own tiles: 12 µs for a memory. So memories, and what the keys need of the next segment, are fetched a
 // segment ahead, and the first memories before the first tiles. The keys' blocks begin as those of the queries end, and fetch tiles before they wait for the
@@ -263,7 +263,7 @@ __global__ void __launch_bounds__(3 * infini_hopper::THREADS, 1)
 
     if (group == RANGE_HEADS) {
         fewer_registers<40>();
-        if (threadIdx.x == 0) {  // k, v, dk, dv are none of the queries' business: no need to wait for the kernel before
+        if (threadIdx.x == 0) {  // needs no wait: the queries' kernel, which began when all before it was done, leaves k, v, dk, dv alone
             const int to_k = p.channels(), to_v = 2 * p.channels();
             copy_range<STAGES, AHEAD>(
                 shared, p, range, weight,

@@ -295,7 +295,7 @@ __global__ void __launch_bounds__(infini_hopper::THREADS* GROUPS, BLOCKS) infini
     int tile = 0;
     if (segments > 0) features(0, unit);
     for (int segment = 0; segment < segments; segment++) {
-        const float minus = start || segment > 0 ? -1 : 0;  // before the first segment there may be nothing: z is zero
+        const float minus = start || segment > 0 ? -1 : 0;  // before the first segment there may be nothing: V̂ is zero, and z may be
         if (segment > 0) add_up_z(segment - 1);
         uint32_t zs[4][2];  // z as columns 0 and 1 of an operand B: rounded, and what that leaves
 #pragma unroll
