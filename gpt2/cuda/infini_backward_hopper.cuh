@@ -280,100 +280,13 @@ __global__ void __launch_bounds__(infini_hopper::THREADS*(GROUPS + 1), BLOCKS)
             // dq, dM, dz, dβ
             for (int t = rank * ROWS; t < s.q_len && reads; t += STEP, tile++) {
                 if (tile % GROUPS != group) continue;
-                const uint32_t q_panel = shared.stage(tile), dA_panel = q_panel + PANEL, D_panel = q_panel + 2 * PANEL, dq_panel = q_panel + 3 * PANEL;
+                const uint32_t stage = shared.stage(tile);
                 const int n = s.q_len - t;
                 barrier_wait(shared.full(tile), tile / STAGES % 2);
-                if (n < ROWS) {
-                    for (int panel = 0; panel < 3; panel++) clear_rows(shared.pointer(q_panel + panel * PANEL), n);
-                    async_fence();
-                    meet();
-                }
-                uint32_t f[4][4];
-                float c[32], inverse[2], dA_R[2] = {0, 0}, dA_D[2][4] = {}, dden[2], factor[2];
-                products_begin();
-#pragma unroll
-                for (int k = 0; k < 4; k++) product(c, panel_operand(dA_panel) + 2 * k, panel_operand(M) + 2 * k, k > 0);  // dA·Mᵀ
-                products_commit();
-                load_features(f, q_panel);
-                inverse_denominators(inverse, f, z);
-#pragma unroll
-                for (int k = 0; k < 4; k++) {
-                    uint32_t x[4], y[4];
-                    load_matrices(x, block_at(dA_panel, k));
-                    load_matrices(y, rows_at(D_panel, k));
-                    mma(dA_D[0], x, y[0], y[1]);
-                    mma(dA_D[1], x, y[2], y[3]);
-                }
-#pragma unroll
-                for (int e = 0; e < 2; e++)  // the diagonal of dA·Dᵀ, 16 rows
-                    if (lane() / 4 == lane() % 4 * 2 + e) sum -= dA_D[0][e] + dA_D[1][2 + e];
-                products_wait<0>();
-                products_done(c);
-                forget_float32(f);
-#pragma unroll
-                for (int k = 0; k < 4; k++)
-#pragma unroll
-                    for (int j = 0; j < 4; j++) {  // dA·(Φ(q)M) = (dA·Mᵀ)·Φ(q)
-                        float2 a = unpack_bf16(f[k][j]);
-                        dA_R[j % 2] += a.x * c[8 * k + 2 * j] + a.y * c[8 * k + 2 * j + 1];
-                    }
-#pragma unroll
-                for (int e = 0; e < 2; e++) {
-                    float R = sum_of_row(dA_R[e]) * inverse[e];
-                    if (lane() % 4 == 0) {
-                        shared.rows(tile)[row_of(e)] = -R;  // dden / (g/den)
-                        if (row_of(e) < n) sum += R;
-                    }
-                    dden[e] = -g * R * inverse[e];
-                    factor[e] = g * inverse[e];
-                }
-#pragma unroll
-                for (int k = 0; k < 4; k++) {  // Φ·g/den takes the place of q
-                    uint32_t x[4];
-#pragma unroll
-                    for (int j = 0; j < 4; j++) {
-                        float2 a = unpack_bf16(f[k][j]);
-                        x[j] = pack_bf16(a.x * factor[j % 2], a.y * factor[j % 2]);
-                    }
-                    store_matrices(block_at(q_panel, k), x);
-                }
-                async_fence();
-                meet();
-                products_begin();
-#pragma unroll
-                for (int k = 0; k < 4; k++)
-                    product<1, 1>(dM, panel_operand_transposed(q_panel, PANEL) + 128 * k, panel_operand_transposed(dA_panel, PANEL) + 128 * k, true);
-                products_commit();
-#pragma unroll
-                for (int k = 0; k < 4; k++) {  // dz += (Φ·g/den)ᵀ·(dden·den/g), which is the first column of an operand B
-                    uint32_t x[4], w[2];
-                    load_matrices_transposed(x, transposed_block_at(q_panel, k));
-#pragma unroll
-                    for (int e = 0; e < 2; e++) {
-                        float2 r = *(const float2*)(shared.rows(tile) + 16 * k + 8 * e + lane() % 4 * 2);
-                        w[e] = lane() < 4 ? pack_bf16(r.x, r.y) : 0;
-                    }
-                    mma(dz, x, w[0], w[1]);
-                }
-#pragma unroll
-                for (int k = 0; k < 4; k++) {
-                    uint32_t x[4];
-                    load_matrices(x, block_at(dq_panel, k));
-#pragma unroll
-                    for (int j = 0; j < 4; j++) {
-                        float2 d = unpack_bf16(x[j]), a = unpack_bf16(f[k][j]), zc = *(const float2*)(z + column_of(k, j));
-                        d.x = keep * d.x + (factor[j % 2] * c[8 * k + 2 * j] + dden[j % 2] * zc.x) * min(1.f, a.x);
-                        d.y = keep * d.y + (factor[j % 2] * c[8 * k + 2 * j + 1] + dden[j % 2] * zc.y) * min(1.f, a.y);
-                        x[j] = pack_bf16(d.x, d.y);
-                    }
-                    store_matrices(block_at(dq_panel, k), x);
-                }
-                async_fence();
-                products_wait<0>();
-                products_done(dM);
+                query_tile(dM, dz, sum, shared.pointer(stage), M, z, shared.rows(tile), g, keep, n, meet);
                 if (n < ROWS) {
                     meet();
-                    store_rows(dqkv + (s.row + t) * p.qkv_stride() + q_column, p.qkv_stride(), shared.pointer(dq_panel), n);
+                    store_rows(dqkv + (s.row + t) * p.qkv_stride() + q_column, p.qkv_stride(), shared.pointer(stage + 3 * PANEL), n);
                 }
                 barrier_arrive(shared.done(tile));
             }
@@ -522,14 +435,7 @@ __global__ void __launch_bounds__(infini_hopper::THREADS*(GROUPS + 1), BLOCKS)
                         store_matrices(block_at(dk, k), x);
                     }
                 } else {
-                    int4* at = (int4*)shared.pointer(dk);
-#pragma unroll
-                    for (int e = 0; e < 2 * ROWS * 8 / THREADS; e++) {
-                        Packed<bf16> x = *(Packed<bf16>*)(at + e * THREADS + threadIdx.x);
-#pragma unroll
-                        for (int k = 0; k < 8; k++) x.set(k, keep * x[k]);
-                        *(Packed<bf16>*)(at + e * THREADS + threadIdx.x) = x;
-                    }
+                    scale_two_panels(shared.pointer(dk), keep);
                 }
                 async_fence();
                 if (n < ROWS) {

@@ -116,6 +116,18 @@ __device__ inline void store_rows(bf16* to, int64_t stride, const char* panel, i
     }
 }
 
+// Two panels side by side in shared memory, times a factor. By a warpgroup.
+__device__ __forceinline__ void scale_two_panels(char* panels, float factor) {
+#pragma unroll
+    for (int e = 0; e < 2 * ROWS * 8 / THREADS; e++) {
+        Packed<bf16>* at = (Packed<bf16>*)((int4*)panels + e * THREADS + threadIdx.x);
+        Packed<bf16> x = *at;
+#pragma unroll
+        for (int k = 0; k < 8; k++) x.set(k, factor * x[k]);
+        *at = x;
+    }
+}
+
 // A tile of n queries in a stage of panels q, dA, D, dq: dq, dM, dz, and in `sum` this thread's part of Σ dA⊙(R−D). By a warpgroup; meet() is its barrier,
 // `rows` 64 numbers, other ones than for the tile before. On return q is overwritten, and each warp has stored its 16 rows of dq: others need a barrier.
 template <class Meet>

@@ -391,14 +391,7 @@ __global__ void __launch_bounds__(3 * infini_hopper::THREADS, 1)
                         store_matrices(block_at(dk, k), x);
                     }
                 } else {
-                    int4* at = (int4*)shared.pointer(dk);
-#pragma unroll
-                    for (int e = 0; e < 2 * ROWS * 8 / THREADS; e++) {
-                        Packed<bf16> x = *(Packed<bf16>*)(at + e * THREADS + threadIdx.x);
-#pragma unroll
-                        for (int k = 0; k < 8; k++) x.set(k, keep * x[k]);
-                        *(Packed<bf16>*)(at + e * THREADS + threadIdx.x) = x;
-                    }
+                    scale_two_panels(shared.pointer(dk), keep);
                 }
                 async_fence();
                 if (n < ROWS) {

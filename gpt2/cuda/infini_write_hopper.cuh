@@ -19,7 +19,7 @@
 // stores waits until they have all arrived. P is multiplied by M as a sum of two bf16; G is rounded to bf16 as an estimate V̂ = GM would have to be.
 #pragma once
 
-#include "infini_backward_hopper.cuh"
+#include "infini_hopper.cuh"
 
 #ifndef GPU_FLOAT32
 namespace gpu {

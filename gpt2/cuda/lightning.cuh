@@ -32,7 +32,7 @@
 //   lightning_states_kernel6     for Hopper: the states before chunks, where forward has not left them   (lightning_hopper.cuh)
 //   lightning_span_kernel8       for Hopper: what spans or tails add to the states between them          (lightning_hopper.cuh)
 //   lightning_forward_kernel8, lightning_backward_kernel9   the same up to head size 64: warpgroups with roles      (lightning_roles.cuh)
-//   lightning_backward_kernel10  and above it                                                                (lightning_wide.cuh)
+//   lightning_backward_kernel10  the same above head size 64                                               (lightning_wide.cuh)
 //
 // The numbers are those of the ladders dev/cuda/lightning_forward.cu, lightning_backward.cu and lightning_gate.cu, which say what was tried and expected.
 #pragma once
@@ -362,7 +362,7 @@ struct LightningHopper {
     Lightning g, d;  // of the sweeps from the first chunk to the last, and of those back
     Lightning r;     // of the kernels whose warpgroups have roles, which are used if `roles`
     LightningMaps maps;
-    bool roles, wide;  // wide: backward at head sizes above 64
+    bool roles, wide;  // wide: roles in the backward pass above head size 64
 
     // u (N,3C); `states` (lightning_states() numbers): S before chunks, or null; d_o (N,C) and du (N,3C), or in the forward pass null and o (N,C).
     LightningHopper(cudaStream_t stream, const Lightning& pass, const floatX* u, const floatX* states, const floatX* d_o, const floatX* out,

@@ -144,7 +144,7 @@ static __device__ unsigned lightning_steps_begun[STEPS];
 // And memory does not serve all clusters alike: on a GPC that holds four they take longer than on one that holds three. Left alone they would end that much
 // later, while memory is half idle. So nobody copies much beyond the beginning of a step before all have begun the one before; the answer to whether they have
 // is on its way until the next chunk's turn. Only time depends on it, no result: who has asked in vain for long (a launch on another stream counts in the same
-// places) asks no more.
+// places) waits no more.
 struct Pace {
     uint32_t barrier;
     int blocks, step, steps;

@@ -232,7 +232,8 @@ inline std::string matmul_plans_header() {
                   sizeof(floatX) == 2 && hopper_code() ? ", wgmma" : "");
 }
 
-// All plans of this process as text, for load_matmul_plans in a later one: with a run's plans its products have the same bits again.
+// All plans of this process as text, for load_matmul_plans in a later one: with a run's plans its products have the same bits again, as long as it is the same
+// build of this program (a plan says which kernel, not how that was written).
 inline std::string matmul_plans() {
     std::string text = matmul_plans_header() + "\n";
     for (const auto& [key, plan] : matmul_plan_map()) {

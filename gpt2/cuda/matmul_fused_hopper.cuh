@@ -123,7 +123,7 @@ __global__ void __launch_bounds__(384, 1)
         [[maybe_unused]] float fetched[2];  // this thread's part of the next tile's bias: in time, while the last tile goes to memory
         auto fetch_bias = [&](int tile) {
             int tile_row, j0;
-            block.at(shape, tile, tile_row, j0);
+            block.at(shape, min(tile, shape.tiles - 1), tile_row, j0);  // behind the last there is none
 #pragma unroll
             for (int i = 0; i < 2; i++) {
                 const int j = thread + 128 * i;
@@ -282,20 +282,7 @@ inline void launch_hopper_fused(cudaStream_t stream, const HopperFused& m) {
     HopperShape shape = {(int)m.M, (int)m.N, (int)m.K, rows, columns, rows * columns};
     float* partial = m.sums ? Scratch{workspace(), WORKSPACE_BYTES}.take<float>((int64_t)rows * CLUSTER * m.N) : nullptr;
 
-    auto* kernel = matmul_kernel10<WHAT, CLUSTER>;
-    static const bool allowed = [&] { return allow_shared_memory(kernel, FusedTile::BYTES), true; }();
-    (void)allowed;
-    cudaLaunchAttribute cluster = {};
-    cluster.id = cudaLaunchAttributeClusterDimension;
-    cluster.val.clusterDim = {CLUSTER, 1, 1};
-    cudaLaunchConfig_t config = {};
-    config.gridDim = CLUSTER * std::min(shape.tiles, device_properties().multiProcessorCount / CLUSTER);
-    config.blockDim = 384;
-    config.dynamicSmemBytes = FusedTile::BYTES;
-    config.stream = stream;
-    config.attrs = &cluster;
-    config.numAttrs = 1;
-    CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, a_map, b_map, c_map, second_map, shape, m.bias, partial));
+    launch_hopper_blocks<CLUSTER>(stream, matmul_kernel10<WHAT, CLUSTER>, FusedTile::BYTES, shape, a_map, b_map, c_map, second_map, shape, m.bias, partial);
     if (!m.sums) return;
     add_tile_sums_kernel<<<(unsigned)ceil_div(m.N, 32), 32 * TILE_SUMS_STRANDS, 0, stream>>>(m.sums, partial, (int)ceil_div(m.M, HOPPER_BM), (int)m.N);
     LAUNCH_CHECK();

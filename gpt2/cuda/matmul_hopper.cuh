@@ -20,6 +20,7 @@
 #include <climits>
 
 #include "hopper.cuh"
+#include "overlap.cuh"
 
 namespace gpu {
 
@@ -288,6 +289,13 @@ __global__ void __launch_bounds__(384, 1)
 #endif
 }
 
+// As many clusters as there is room for, if there are so many tiles; each takes one tile after another.
+template <int CLUSTER, class Kernel, class... Arguments>
+inline void launch_hopper_blocks(cudaStream_t stream, Kernel* kernel, int shared_bytes, const HopperShape& shape, const Arguments&... arguments) {
+    const int clusters = std::min(shape.tiles, device_properties().multiProcessorCount / CLUSTER);
+    launch_overlapping(stream, false, CLUSTER, kernel, CLUSTER * clusters, 384, shared_bytes, arguments...);
+}
+
 template <int CLUSTER, bool ROTATE = false>
 inline void launch_hopper_matmul(cudaStream_t stream, const HopperMatmul& m) {
     using Tile = HopperTile<ROTATE>;
@@ -299,20 +307,7 @@ inline void launch_hopper_matmul(cudaStream_t stream, const HopperMatmul& m) {
     int rows = (int)ceil_div(m.M, HOPPER_BM * CLUSTER), columns = (int)ceil_div(m.N, HOPPER_BN);
     HopperShape shape = {(int)m.M, (int)m.N, (int)m.K, rows, columns, rows * columns};
 
-    auto* kernel = matmul_kernel7<CLUSTER, ROTATE>;
-    static const bool allowed = [&] { return allow_shared_memory(kernel, Tile::BYTES), true; }();
-    (void)allowed;
-    cudaLaunchAttribute cluster = {};
-    cluster.id = cudaLaunchAttributeClusterDimension;
-    cluster.val.clusterDim = {CLUSTER, 1, 1};
-    cudaLaunchConfig_t config = {};
-    config.gridDim = CLUSTER * std::min(shape.tiles, device_properties().multiProcessorCount / CLUSTER);
-    config.blockDim = 384;
-    config.dynamicSmemBytes = Tile::BYTES;
-    config.stream = stream;
-    config.attrs = &cluster;
-    config.numAttrs = 1;
-    CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, a_map, b_map, c_map, shape, m.bias, m.rotated));
+    launch_hopper_blocks<CLUSTER>(stream, matmul_kernel7<CLUSTER, ROTATE>, Tile::BYTES, shape, a_map, b_map, c_map, shape, m.bias, m.rotated);
 }
 
 // Whether hopper_matmul() can do this: rows start on multiples of 16 bytes, and those of C end there (the copy engine does not stop within 16 bytes).

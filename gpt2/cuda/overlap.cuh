@@ -3,6 +3,7 @@
 // Of two kernels that follow one another on a stream the second may begin when all blocks of the first have said let_next_kernel_start() or ended. It then
 // does what does not depend on the first, and calls wait_for_kernel_before(): there it stays until the first has ended and its writes can be seen. The first
 // itself ended behind its own wait, so everything older is done too. Hence: nothing is written, and nothing but parameters read, before the wait.
+// (If the first did not overlap what was before it, the second may also read what the first leaves alone.)
 #pragma once
 
 #include "common.cuh"
